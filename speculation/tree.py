@@ -1,0 +1,127 @@
+"""The token tree: the one shape of everything that the LLM is asked to check.
+
+A prompt is a chain, plain decoding is a tree of one node, a draft is a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+MAX_NODES = 256
+
+
+class InvalidTree(ValueError):
+    """A tree that breaks an invariant; the message says which one, and where."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """Candidate tokens behind a sequence (SpecInfer, section 2).
+
+    Node 0 is the root: the last token that the sequence already has, whose key and value are not computed yet.
+
+    token_ids: token of each node.
+    parents: parents[0] == -1 and 0 <= parents[i] < i. Children of a node stand in the order of the draft: most likely
+        first or, when they were sampled, in the order in which they were drawn.
+    distributions: float32 [vocab] for every node whose children were sampled: the distribution that the first of them
+        was drawn from; each later one was drawn from the same without those before it. Empty for other trees.
+    source: name of the draft source, for metrics.
+
+    Raises:
+        InvalidTree: sizes differ, the tree is empty or has over MAX_NODES nodes, a parent does not stand before its
+            child, or two children of a node are the same token.
+    """
+
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
+    distributions: dict[int, torch.Tensor] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        size = len(self.token_ids)
+        if size != len(self.parents):
+            raise InvalidTree(f"{size} tokens but {len(self.parents)} parents")
+        if not 1 <= size <= MAX_NODES:
+            raise InvalidTree(f"{size} nodes; a tree has 1 to {MAX_NODES}")
+        if self.parents[0] != -1:
+            raise InvalidTree(f"the root's parent is {self.parents[0]}, not -1")
+        seen: set[tuple[int, int]] = set()
+        for node, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < node:
+                raise InvalidTree(f"node {node} has parent {parent}; it must be in 0..{node - 1}")
+            if (edge := (parent, self.token_ids[node])) in seen:
+                raise InvalidTree(f"node {node} repeats token {edge[1]} below node {parent}")
+            seen.add(edge)
+        if strangers := [node for node in self.distributions if not 0 <= node < size]:
+            raise InvalidTree(f"distributions for nodes {strangers} of a tree of {size}")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def root_only(cls, token_id: int) -> TokenTree:
+        """The tree of plain decoding."""
+        return cls((token_id,), (-1,))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise InvalidTree for a token id outside 0..vocab_size-1 or a distribution of another length."""
+        for node, token_id in enumerate(self.token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidTree(f"node {node} has token {token_id}; the vocabulary has {vocab_size}")
+        for node, distribution in self.distributions.items():
+            if distribution.shape != (vocab_size,):
+                raise InvalidTree(
+                    f"distribution of node {node} has shape {tuple(distribution.shape)}, not {vocab_size}"
+                )
+
+    def depths(self) -> list[int]:
+        """Depth of each node; the root's is 0."""
+        depths = [0] * len(self)
+        for node in range(1, len(self)):
+            depths[node] = depths[self.parents[node]] + 1
+        return depths
+
+    def children(self) -> list[list[int]]:
+        """Children of each node, in the order of the draft."""
+        children: list[list[int]] = [[] for _ in self.token_ids]
+        for node in range(1, len(self)):
+            children[self.parents[node]].append(node)
+        return children
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from below the root down to `node`; empty for the root."""
+        path: list[int] = []
+        while node > 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    def ancestor_masks(self) -> list[int]:
+        """The topology-aware causal mask (SpecInfer, section 4.2): bit j of mask i is set when i sees j.
+
+        A node sees its ancestors and itself.
+        """
+        masks: list[int] = [1] * len(self)
+        for node in range(1, len(self)):
+            masks[node] = masks[self.parents[node]] | 1 << node
+        return masks
+
+    def depth_first(self) -> TokenTree:
+        """The same tree with every subtree in consecutive nodes; the order of siblings stays."""
+        children = self.children()
+        order: list[int] = []
+        stack: Sequence[int] = [0]
+        while stack:
+            *rest, node = stack
+            order.append(node)
+            stack = [*rest, *reversed(children[node])]
+        new = {old: index for index, old in enumerate(order)}
+        return TokenTree(
+            tuple(self.token_ids[old] for old in order),
+            tuple(-1 if old == 0 else new[self.parents[old]] for old in order),
+            {new[old]: distribution for old, distribution in self.distributions.items()},
+            self.source,
+        )
