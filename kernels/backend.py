@@ -1,0 +1,120 @@
+"""Which implementation of the kernels runs on a device: chosen once, explicit, with the reason beside the name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+import torch
+
+from kernels.blocks import (
+    AttentionBlock,
+    AttentionWeights,
+    KvCompaction,
+    Linear,
+    MlpBlock,
+    MlpWeights,
+    TreeAttention,
+)
+from kernels.decoder_blocks import reference as torch_blocks
+from kernels.kv_compaction import reference as torch_compaction
+from kernels.tree_attention import reference as torch_attention
+
+BackendName = Literal["native", "triton", "torch"]
+RequestedName = Literal["auto", "native", "triton", "torch"]
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why and what to do."""
+
+
+class PackLinear(Protocol):
+    """weight [out, in], bias [out] -> Linear."""
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every kernel. `reason` says why it was chosen, for the log and the health call.
+
+    pack_* copy the weights into the layout that the implementation wants; the caller may drop its own.
+    """
+
+    name: BackendName
+    reason: str
+    activation_dtype: Callable[[torch.dtype], torch.dtype]
+    tree_attention: TreeAttention
+    kv_compaction: KvCompaction
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    pack_linear: PackLinear
+    pack_attention: Callable[[AttentionWeights], AttentionBlock]
+    pack_mlp: Callable[[MlpWeights], MlpBlock]
+
+
+def choose_backend(device: torch.device, requested: RequestedName = "auto") -> Backend:
+    """CPU: native when its library is built, else torch. CUDA: triton when it is installed, else torch.
+
+    Raises:
+        BackendUnavailable: `requested` names a backend that cannot run on `device`.
+        ValueError: `requested` is not one of the names.
+    """
+    if requested not in ("auto", "native", "triton", "torch"):
+        raise ValueError(f"backend {requested!r}; it must be auto, native, triton or torch")
+    if requested == "torch":
+        return _torch_backend(device, "requested")
+    if device.type == "cpu":
+        return _choose_for_cpu(device, requested)
+    return _choose_for_gpu(device, requested)
+
+
+def _choose_for_cpu(device: torch.device, requested: RequestedName) -> Backend:
+    if requested == "triton":
+        raise BackendUnavailable("triton does not run on the CPU; ask for native, torch or auto")
+    reason = "the native kernels are not there yet"
+    if requested == "native":
+        raise BackendUnavailable(reason)
+    return _torch_backend(device, reason)
+
+
+def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
+    if requested == "native":
+        raise BackendUnavailable(f"the native kernels run on the CPU, not on {device}; ask for triton, torch or auto")
+    if find_spec("triton") is None:
+        reason = "triton is not installed; pip install triton"
+        if requested == "triton":
+            raise BackendUnavailable(reason)
+        return _torch_backend(device, reason)
+    return _torch_backend(device, "the triton kernels are not there yet")
+
+
+def _torch_backend(device: torch.device, reason: str) -> Backend:
+    return _composed_backend("torch", reason, device, torch_attention.tree_attention, torch_compaction.kv_compaction)
+
+
+def _composed_backend(
+    name: BackendName, reason: str, device: torch.device, tree_attention: TreeAttention, kv_compaction: KvCompaction
+) -> Backend:
+    """PyTorch operations around the given kernels."""
+
+    def activation_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if device.type == "cpu" else weight_dtype
+
+    def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        return torch_blocks.TorchLinear(weight, bias, activation_dtype(weight.dtype))
+
+    return Backend(
+        name=name,
+        reason=reason,
+        activation_dtype=activation_dtype,
+        tree_attention=tree_attention,
+        kv_compaction=kv_compaction,
+        rms_norm=torch_blocks.rms_norm,
+        pack_linear=pack_linear,
+        pack_attention=lambda weights: torch_blocks.TorchAttentionBlock(
+            weights, activation_dtype(weights.qkv.dtype), tree_attention
+        ),
+        pack_mlp=lambda weights: torch_blocks.TorchMlpBlock(weights, activation_dtype(weights.down.dtype)),
+    )

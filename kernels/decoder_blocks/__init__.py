@@ -1,0 +1,1 @@
+"""The two halves of a decoder layer of the Llama family; `kernels.blocks` holds their contracts."""

@@ -1,0 +1,42 @@
+"""The choice of a backend, and that our packages are ours."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.backend import BackendUnavailable, choose_backend
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "package", ["kernels", "protos", "services", "speculation", "runtime", "training", "benchmarks"]
+)
+def test_packages_are_ours(package: str) -> None:
+    module = import_module(package)
+    assert module.__file__ is not None
+    assert Path(module.__file__).parent == ROOT / package
+    assert not hasattr(module, "__version__")
+
+
+def test_torch_can_be_asked_for() -> None:
+    backend = choose_backend(torch.device("cpu"), "torch")
+    assert (backend.name, backend.reason) == ("torch", "requested")
+
+
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="triton does not run on the CPU"):
+        choose_backend(torch.device("cpu"), "triton")
+    with pytest.raises(BackendUnavailable, match="run on the CPU, not on cuda"):
+        choose_backend(torch.device("cuda"), "native")
+    with pytest.raises(ValueError, match="must be auto, native, triton or torch"):
+        choose_backend(torch.device("cpu"), "cuda")  # type: ignore[arg-type]  # a name that the type excludes
+
+
+def test_bfloat16_weights_compute_in_float32_on_the_cpu() -> None:
+    assert choose_backend(torch.device("cpu"), "torch").activation_dtype(torch.bfloat16) is torch.float32
+    assert choose_backend(torch.device("cuda"), "torch").activation_dtype(torch.bfloat16) is torch.bfloat16

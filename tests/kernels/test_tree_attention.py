@@ -1,0 +1,50 @@
+"""Tree attention of every implementation against one row, head and key at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.tree_attention import reference
+from tests.kernels.problems import Shape, make_problem, obvious_attention
+
+SHAPES = [
+    Shape(heads=1, kv_heads=1, head_dim=8, block_size=1, trees=((0, 1),)),
+    Shape(heads=4, kv_heads=2, head_dim=20, block_size=16, trees=((1, 7), (5, 0))),
+    Shape(heads=3, kv_heads=1, head_dim=64, block_size=16, trees=((33, 64), (0, 7), (17, 1))),
+    Shape(heads=5, kv_heads=1, head_dim=80, block_size=1, trees=((13, 7), (3, 0))),
+    Shape(heads=8, kv_heads=1, head_dim=128, block_size=16, trees=((16, 100), (0, 64)), words=2),
+    Shape(heads=6, kv_heads=6, head_dim=48, block_size=4, trees=((9, 0), (31, 7), (0, 3)), words=2),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reference_equals_the_definition(shape: Shape) -> None:
+    problem = make_problem(shape)
+    torch.testing.assert_close(
+        reference.tree_attention(*problem.arguments()).double(), obvious_attention(problem), atol=2e-5, rtol=1e-4
+    )
+
+
+def test_a_row_that_sees_nothing_gets_zeros() -> None:
+    problem = make_problem(Shape(heads=2, kv_heads=1, head_dim=8, block_size=4, trees=((3, 2),)))
+    problem.prefix_lengths[1], problem.masks[1] = 0, 0
+    output = reference.tree_attention(*problem.arguments())
+    assert output[1].eq(0).all()
+    assert output[0].ne(0).all()
+
+
+def test_bit_63_is_a_node_like_any_other() -> None:
+    problem = make_problem(Shape(heads=1, kv_heads=1, head_dim=8, block_size=16, trees=((2, 64),)))
+    assert (problem.masks < 0).any()
+    torch.testing.assert_close(
+        reference.tree_attention(*problem.arguments()).double(), obvious_attention(problem), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_wrong_types_are_named() -> None:
+    problem = make_problem(Shape(heads=1, kv_heads=1, head_dim=8, block_size=16, trees=((2, 4),)))
+    arguments = list(problem.arguments())
+    arguments[5] = problem.row_sequences.long()
+    with pytest.raises(ValueError, match=r"row_sequences is torch\.int64; it must be torch\.int32"):
+        reference.tree_attention(*arguments)  # type: ignore[arg-type]  # a list has lost the types of its places
