@@ -1,0 +1,227 @@
+"""Settings of the services: one definition, read from flags, the environment and one TOML file.
+
+A field `draft_nodes` of the section `verifier` is the flag `--draft-nodes`, the environment variable
+SPECSERVE_VERIFIER_DRAFT_NODES and the key `draft_nodes` in the table `[verifier]`. A flag wins over the environment,
+the environment over the file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from services.common.setting_values import BadValue, element_type, from_text, from_toml, to_text
+
+SECTIONS = ("gateway", "speculator", "up", "verifier")
+ENVIRONMENT_PREFIX = "SPECSERVE_"
+CONFIG_VARIABLE = "SPECSERVE_CONFIG"
+
+S = TypeVar("S")
+
+
+class SettingsError(Exception):
+    """A setting that is missing, unknown or out of range; the message is one line for the operator."""
+
+
+def setting(
+    help_text: str,
+    *,
+    default: object = dataclasses.MISSING,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and inclusive bounds; required without a default.
+
+    The return type is Any, as that of dataclasses.field is in effect: it stands where the field's default stands.
+    """
+    metadata = {"help": help_text, "minimum": minimum, "maximum": maximum}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """What every service can be told."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = setting("Least severe lines to log.", default="info")
+    log_format: Literal["console", "json"] = setting("Log lines for people or for machines.", default="console")
+    metrics_host: str = setting("Address of the Prometheus endpoint.", default="127.0.0.1")
+    metrics_port: int = setting(
+        "Port of the Prometheus endpoint /metrics; 0 serves none.", default=0, minimum=0, maximum=65535
+    )
+    drain_timeout_s: float = setting("Seconds that open work may take to end after SIGTERM.", default=30.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting of a section, with its resolved type."""
+
+    name: str
+    annotation: object
+    help_text: str
+    default: object
+    minimum: float | None
+    maximum: float | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def bounds(self) -> str:
+        """The range as text, empty when open on both sides."""
+        if self.minimum is not None and self.maximum is not None:
+            return f"from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"at least {self.minimum:g}"
+        return "" if self.maximum is None else f"at most {self.maximum:g}"
+
+
+def fields_of(cls: type) -> Iterator[Field]:
+    """The settings that a settings class defines, in order, those of its base classes first."""
+    annotations = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        meta = field.metadata
+        yield Field(
+            name=field.name,
+            annotation=annotations[field.name],
+            help_text=meta["help"],
+            default=field.default,
+            minimum=meta["minimum"],
+            maximum=meta["maximum"],
+        )
+
+
+def variable(section: str, name: str) -> str:
+    return f"{ENVIRONMENT_PREFIX}{section}_{name}".upper()
+
+
+def load_settings(
+    cls: type[S],
+    section: str,
+    *,
+    flags: Mapping[str, object] | None = None,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> S:
+    """Settings of one section.
+
+    flags: values by field name: text, a list of texts for a list, bool for a switch; None where no flag was given.
+    config: the TOML file; without it, the file that SPECSERVE_CONFIG names, if any.
+    environ: the process's own environment when None. This is the one place that reads it.
+
+    Raises:
+        SettingsError: an unknown key, a bad or missing value, an unreadable file.
+    """
+    environ = os.environ if environ is None else environ
+    if config is None and environ.get(CONFIG_VARIABLE):
+        config = Path(environ[CONFIG_VARIABLE])
+    fields = list(fields_of(cls))
+    table = _read_section(config, section, [field.name for field in fields])
+    _refuse_unknown_variables(environ, section, [field.name for field in fields])
+    values: dict[str, object] = {}
+    for field in fields:
+        flag = (flags or {}).get(field.name)
+        if flag is not None:
+            values[field.name] = _checked(field, flag, field.flag, _from_flag)
+        elif (text := environ.get(variable(section, field.name))) is not None:
+            values[field.name] = _checked(field, text, variable(section, field.name), _from_environment)
+        elif field.name in table:
+            values[field.name] = _checked(field, table[field.name], f"{field.name} in [{section}]", from_toml)
+        elif field.default is dataclasses.MISSING:
+            raise SettingsError(
+                f"{section}: {field.flag} is missing ({field.help_text.rstrip('.')}); give the flag, set "
+                f"{variable(section, field.name)}, or write {field.name} into [{section}] of the --config file"
+            )
+    return cls(**values)
+
+
+def to_flags(cls: type, values: Mapping[str, object]) -> list[str]:
+    """Command-line arguments that give these fields these values; fields that are None are left out.
+
+    Raises:
+        SettingsError: a name that cls does not define.
+    """
+    known = {field.name: field for field in fields_of(cls)}
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in known:
+            raise SettingsError(f"{cls.__name__} has no setting {name!r}; it has {', '.join(known)}")
+        field = known[name]
+        if isinstance(value, bool):
+            arguments.append(field.flag if value else f"--no-{field.flag[2:]}")
+        elif isinstance(value, tuple | list):
+            for element in value:
+                arguments += [field.flag, to_text(element)]
+        elif value is not None:
+            arguments += [field.flag, to_text(value)]
+    return arguments
+
+
+def _from_flag(value: object, annotation: object) -> object:
+    if isinstance(value, bool):
+        return value
+    element = element_type(annotation)
+    if element is None:
+        return from_text(str(value), annotation)
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"the flag of a list carries a list, not {value!r}")
+    return tuple(from_text(str(part), element) for part in value)
+
+
+def _from_environment(value: object, annotation: object) -> object:
+    return from_text(str(value), annotation)
+
+
+def _checked(field: Field, raw: object, key: str, convert: Any) -> object:
+    try:
+        value: object = convert(raw, field.annotation)
+    except BadValue as error:
+        raise SettingsError(f"{key}: got {raw!r}; {error}") from None
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            below = field.minimum is not None and not number >= field.minimum
+            above = field.maximum is not None and not number <= field.maximum
+            if below or above:
+                raise SettingsError(f"{key}: got {number}; allowed: {field.bounds()}")
+    return value
+
+
+def _read_section(config: Path | None, section: str, names: list[str]) -> dict[str, object]:
+    if config is None:
+        return {}
+    try:
+        document = tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {config}: cannot read it: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"--config {config}: not TOML: {error}") from None
+    for name, value in document.items():
+        if name not in SECTIONS or not isinstance(value, dict):
+            allowed = ", ".join(f"[{known}]" for known in SECTIONS)
+            raise SettingsError(f"--config {config}: unknown key {name!r} at the top; allowed: the tables {allowed}")
+    table: dict[str, object] = document.get(section, {})
+    for name in table:
+        if name not in names:
+            raise SettingsError(f"--config {config}: unknown key {name!r} in [{section}]; {_suggest(name, names)}")
+    return table
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str], section: str, names: list[str]) -> None:
+    # A Kubernetes service link of a Service named specserve-verifier also writes SPECSERVE_VERIFIER_*; such pods set
+    # enableServiceLinks: false.
+    prefix = variable(section, "")
+    for name in sorted(environ):
+        if name.startswith(prefix) and (key := name.removeprefix(prefix).lower()) not in names:
+            raise SettingsError(f"unknown environment variable {name}; {_suggest(key, names)}")
+
+
+def _suggest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"

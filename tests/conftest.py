@@ -1,0 +1,57 @@
+"""Fixtures that every part of the tests shares."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from services.launcher.redis_server import find_redis_server, redis_command
+
+REDIS_START_TIMEOUT_S = 10.0
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Gives a loopback port that nobody listens on."""
+
+    def choose() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def _redis_process() -> Iterator[str]:
+    folder = Path(tempfile.mkdtemp(prefix="redis-"))  # pytest's own folders are too long for the path of a socket
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(redis_command(find_redis_server(), folder), stdout=log, stderr=log)
+    url = f"unix://{folder / 'redis.sock'}"
+    try:
+        deadline = time.monotonic() + REDIS_START_TIMEOUT_S
+        while not (folder / "redis.sock").exists():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, "redis-server did not open its socket"
+            time.sleep(0.02)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(REDIS_START_TIMEOUT_S)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def redis_url(_redis_process: str) -> Iterator[str]:
+    """URL of a real Redis server that is empty at the start of the test."""
+    with redis.Redis.from_url(_redis_process) as client:
+        client.flushall()
+        yield _redis_process
