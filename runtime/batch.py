@@ -1,0 +1,117 @@
+"""The flat batch: rows of prompt chunks and of trees of all sequences, for one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.kv_cache import BLOCK_SIZE, CachedSequence
+
+WORD = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one sequence.
+
+    token_ids, positions: token and rotary position of each row.
+    first_entry: logical KV entry that the first row writes; the others follow.
+    prefix_lengths: every row sees the entries before this one.
+    masks: of the entries from its prefix length on, row i also sees number j when bit j of masks[i] is set.
+    """
+
+    cache: CachedSequence
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    first_entry: int
+    prefix_lengths: Sequence[int]
+    masks: Sequence[int]
+
+    @classmethod
+    def chain(cls, cache: CachedSequence, token_ids: Sequence[int], start: int) -> Segment:
+        """Consecutive tokens at positions start, start + 1, ...: each sees all entries before it and its own."""
+        positions = range(start, start + len(token_ids))
+        seen = [position + 1 for position in positions]
+        return cls(cache, token_ids, positions, start, seen, [0] * len(token_ids))
+
+    @classmethod
+    def tree(
+        cls,
+        cache: CachedSequence,
+        token_ids: Sequence[int],
+        depths: Sequence[int],
+        masks: Sequence[int],
+        start: int,
+        written: int = 0,
+    ) -> Segment:
+        """Nodes of a tree whose root is the sequence's token number `start`.
+
+        depths: of each node, the root's is 0. masks: bit j means the tree's j-th entry, which is the sequence's entry
+        start + j; a node sees itself.
+        written: how many entries of the tree are in the cache already; these rows write the ones behind them.
+        """
+        positions = [start + depth for depth in depths]
+        return cls(cache, token_ids, positions, start + written, [start] * len(token_ids), masks)
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """Tensors of one forward pass; the rows of a sequence are consecutive.
+
+    token_ids, positions, slots: int64 [rows]. slots: where each row's key and value go.
+    row_sequences: int32 [rows], row of block_tables. prefix_lengths: int32 [rows]. masks: int64 [rows, words].
+    block_tables: int32 [sequences, blocks], padded with 0.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    row_sequences: torch.Tensor
+    prefix_lengths: torch.Tensor
+    masks: torch.Tensor
+    block_tables: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> FlatBatch:
+        """Lay the segments out one behind the other. Every cache must have the blocks that its rows write."""
+        counts = [len(segment.token_ids) for segment in segments]
+        rows = sum(counts)
+        integers = np.empty((3, rows), dtype=np.int64)
+        small = np.empty((2, rows), dtype=np.int32)
+        words = max(1, max((mask.bit_length() for s in segments for mask in s.masks), default=1) + WORD - 1 >> 6)
+        masks = np.zeros((rows, words), dtype=np.uint64)
+        tables = np.zeros((len(segments), max(len(s.cache.blocks) for s in segments)), dtype=np.int32)
+        start = 0
+        for index, (segment, count) in enumerate(zip(segments, counts, strict=True)):
+            stop = start + count
+            table = np.asarray(segment.cache.blocks, dtype=np.int32)
+            entries = np.arange(segment.first_entry, segment.first_entry + count)
+            tables[index, : len(table)] = table
+            integers[0, start:stop] = segment.token_ids
+            integers[1, start:stop] = segment.positions
+            integers[2, start:stop] = table[entries // BLOCK_SIZE] * BLOCK_SIZE + entries % BLOCK_SIZE
+            small[0, start:stop] = index
+            small[1, start:stop] = segment.prefix_lengths
+            _fill_masks(masks[start:stop], segment.masks)
+            start = stop
+        token_ids, positions, slots = torch.from_numpy(integers).to(device).unbind()
+        row_sequences, prefix_lengths = torch.from_numpy(small).to(device).unbind()
+        return cls(
+            token_ids,
+            positions,
+            slots,
+            row_sequences,
+            prefix_lengths,
+            torch.from_numpy(masks.view(np.int64)).to(device),
+            torch.from_numpy(tables).to(device),
+        )
+
+
+def _fill_masks(target: np.ndarray[tuple[int, int], np.dtype[np.uint64]], masks: Sequence[int]) -> None:
+    if not any(masks):
+        return
+    for word in range(target.shape[1]):
+        target[:, word] = [mask >> WORD * word & (1 << WORD) - 1 for mask in masks]

@@ -1,0 +1,144 @@
+"""A decoder of the Llama family over a paged KV cache: token rows in, hidden states and logits out.
+
+Takes positions and ancestor masks, not trees; knows nothing of requests, sampling or other devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels.backend import Backend, RequestedName, choose_backend
+from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
+from runtime.batch import FlatBatch
+from runtime.config import ModelConfig, inverse_frequencies, read_config
+from runtime.kv_cache import BLOCK_SIZE, KVCache, blocks_from_memory
+from runtime.weights import Checkpoint, LayerWeights, ModelWeights, load_weights, stored_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a model runs.
+
+    device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1", ...
+    dtype: "auto" (as stored), "float32" or "bfloat16": the type of the weights in memory. On CPU the arithmetic is fp32
+        whatever the storage, so that bf16 weights give the bits that the same weights widened to fp32 give.
+    kernels: "auto", "native", "triton" or "torch".
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    kernels: RequestedName = "auto"
+
+    def resolve_device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Transformer:
+    """A loaded model. Not thread-safe: one thread owns it and its caches."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, backend: Backend, device: torch.device) -> None:
+        self.config = config
+        self.backend = backend
+        self.device = device
+        self.weight_dtype = weights.embedding.dtype
+        self.activation_dtype = backend.activation_dtype(self.weight_dtype)
+        self.parameters = weights.count()
+        self._embedding = weights.embedding
+        self._attention = [backend.pack_attention(_attention_weights(config, layer)) for layer in weights.layers]
+        self._mlp = [backend.pack_mlp(_mlp_weights(config, layer)) for layer in weights.layers]
+        self._final_norm = weights.final_norm.to(self.activation_dtype)
+        self._head = backend.pack_linear(weights.head)
+        self._cos, self._sin = _rotary_tables(config, device)
+
+    @classmethod
+    def load(cls, folder: Path, options: LoadOptions) -> Transformer:
+        """Load a Hugging Face folder.
+
+        Raises:
+            UnsupportedModel: the folder is missing, damaged or of an unsupported kind.
+            BackendUnavailable: the kernels asked for cannot run here.
+        """
+        config = read_config(folder)
+        device = options.resolve_device()
+        checkpoint = Checkpoint(folder)
+        stored = stored_dtype(checkpoint)
+        dtype = DTYPES.get(options.dtype, stored if stored in DTYPES.values() else torch.float32)
+        with torch.inference_mode():
+            weights = load_weights(checkpoint, config, device, dtype)
+            return cls(config, weights, choose_backend(device, options.kernels), device)
+
+    def new_cache(self, memory_fraction: float, max_sequences: int) -> KVCache:
+        """A KV cache within `memory_fraction` of the free memory, and no larger than `max_sequences` can use."""
+        blocks = blocks_from_memory(self.config, self.device, self.activation_dtype, memory_fraction, max_sequences)
+        return KVCache(self.config, blocks, self.device, self.activation_dtype)
+
+    @torch.inference_mode()
+    def forward(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
+        """Write the rows' keys and values into the cache; return the last hidden states, [rows, hidden].
+
+        A row's result depends on what it sees alone, not on the other rows of the batch.
+        """
+        attention_batch = AttentionBatch(
+            block_tables=batch.block_tables,
+            block_size=BLOCK_SIZE,
+            row_sequences=batch.row_sequences,
+            prefix_lengths=batch.prefix_lengths,
+            masks=batch.masks,
+            slots=batch.slots,
+            cos=self._cos[batch.positions],
+            sin=self._sin[batch.positions],
+        )
+        hidden = self._embedding[batch.token_ids].to(self.activation_dtype)
+        for layer, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
+            hidden = attention(hidden, cache.data[layer], attention_batch, residual=True)
+            hidden = mlp(hidden, residual=True)
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of some rows: hidden [rows, hidden] -> float32 [rows, vocab]."""
+        normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
+        return self._head(normed).float()
+
+    @torch.inference_mode()
+    def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:
+        """Move the entries in slots `sources` to slots `targets`, in all layers, as if all were read first."""
+        if sources:
+            moves = torch.tensor([sources, targets], dtype=torch.int64, device=self.device)
+            self.backend.kv_compaction(cache.data, moves[0], moves[1])
+
+
+def _attention_weights(config: ModelConfig, layer: LayerWeights) -> AttentionWeights:
+    return AttentionWeights(
+        norm=layer.input_norm,
+        qkv=layer.qkv,
+        output=layer.output,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        norm_eps=config.norm_epsilon,
+        qkv_bias=layer.qkv_bias,
+        output_bias=layer.output_bias,
+        query_norm=layer.query_norm,
+        key_norm=layer.key_norm,
+    )
+
+
+def _mlp_weights(config: ModelConfig, layer: LayerWeights) -> MlpWeights:
+    return MlpWeights(
+        norm=layer.post_attention_norm, gate_up=layer.gate_up, down=layer.down, norm_eps=config.norm_epsilon
+    )
+
+
+def _rotary_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position times frequency, float32 [context, head_dim / 2]."""
+    positions = torch.arange(config.context_length, dtype=torch.float32)
+    angles = torch.outer(positions, torch.tensor(inverse_frequencies(config), dtype=torch.float32))
+    return angles.cos().to(device), angles.sin().to(device)

@@ -1,0 +1,65 @@
+"""Loading a model into a service. The gateway, which computes no tensors, never imports this."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import native
+from kernels.backend import BackendUnavailable
+from runtime.config import UnsupportedModel
+from runtime.kv_cache import CacheFull, KVCache
+from runtime.transformer import LoadOptions, Transformer
+from services.common.lifecycle import StartupError
+from services.common.model_facts import ModelFacts
+from services.common.model_files import resolve_model, tokenizer_hash
+
+
+def use_threads(threads: int) -> None:
+    """Set the CPU threads of torch and of the native kernels in the calling thread and those it starts; 0: all cores."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    native.set_num_threads(count)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its KV cache, and what other services are told of it."""
+
+    model: Transformer
+    cache: KVCache
+    facts: ModelFacts
+
+    @classmethod
+    def load(
+        cls, folder_or_id: str, options: LoadOptions, kv_memory: float, max_sequences: int, name: str = ""
+    ) -> LoadedModel:
+        """Load a folder or hub id; the cache takes `kv_memory` of the free memory, at most what max_sequences can use.
+
+        Raises:
+            StartupError: one line that says why the model cannot be served.
+        """
+        try:
+            folder = resolve_model(folder_or_id)
+            model = Transformer.load(folder, options)
+            cache = model.new_cache(kv_memory, max_sequences)
+        except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
+            raise StartupError(str(error)) from None
+        return cls(model, cache, _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder)))
+
+
+def _facts(name: str, model: Transformer, tokenizer: str) -> ModelFacts:
+    return ModelFacts(
+        model=name,
+        vocab_size=model.config.vocab_size,
+        context_length=model.config.context_length,
+        tokenizer_hash=tokenizer,
+        eos_token_ids=model.config.eos_token_ids,
+        device=str(model.device),
+        dtype=str(model.weight_dtype).removeprefix("torch."),
+        kernels=model.backend.name,
+        parameters=model.parameters,
+    )

@@ -1,0 +1,234 @@
+"""One small model that drafts: sessions with their KV, and trees grown level by level for all sequences at once.
+
+Knows nothing of the network. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from speculation.expansion import BestFirstExpansion, ChildPolicy, ChildSelection, StaticExpansion
+from speculation.logits import LogitsPipeline
+
+from runtime.batch import FlatBatch, Segment
+from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
+from runtime.transformer import Transformer
+from speculation.sampling import SamplingParams
+from speculation.tree import TokenTree
+
+Expansion = StaticExpansion | BestFirstExpansion
+
+
+SessionKey = tuple[int, int]
+"""(stream, sequence id): sequence ids belong to a stream."""
+
+
+@dataclass(frozen=True)
+class DraftOrder:
+    """What tree is wanted; see DraftRequest in speculator.proto."""
+
+    key: SessionKey
+    nodes: int
+    depth: int
+    widths: tuple[int, ...]
+    selection: ChildSelection
+
+
+@dataclass(eq=False)
+class Session:
+    """A sequence as one small model knows it.
+
+    tokens: all committed tokens; the last is the root of the next tree. cache: KV of tokens[:cache.length].
+    expansion: the tree of the last draft, whose evaluated nodes stand behind cache.length.
+    """
+
+    tokens: list[int]
+    pipeline: LogitsPipeline
+    cache: CachedSequence = field(default_factory=CachedSequence)
+    expansion: Expansion | None = None
+
+
+@dataclass(frozen=True)
+class DrafterSettings:
+    """beam, min_confidence: of best-first growth. stream: tells the random draws of different models apart."""
+
+    prefill_chunk: int
+    beam: int
+    min_confidence: float
+    stream: int
+
+
+class Drafter:
+    """Drafts with one model."""
+
+    def __init__(self, name: str, model: Transformer, cache: KVCache, settings: DrafterSettings) -> None:
+        self.name = name
+        self.model = model
+        self.cache = cache
+        self.settings = settings
+        self._sessions: dict[SessionKey, Session] = {}  # least recently drafted first
+
+    def __contains__(self, key: SessionKey) -> bool:
+        return key in self._sessions
+
+    def open(self, key: SessionKey, tokens: Sequence[int], prompt_length: int, params: SamplingParams) -> None:
+        """Start a session, in place of one of the same key."""
+        self.close(key)
+        prompt, output = tokens[:prompt_length], tokens[prompt_length:]
+        pipeline = LogitsPipeline(params, prompt, self.model.config.vocab_size, self.model.device)
+        pipeline.advance(output)
+        self._sessions[key] = Session(list(tokens), pipeline)
+
+    def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
+        """Append accepted tokens; the KV of those that the last tree had evaluated is kept."""
+        session = self._sessions[key]
+        if session.expansion is not None:
+            # At least the last token stays uncomputed: it is the next root, whose distribution is wanted.
+            self._keep(session, session.expansion.match(token_ids)[: len(token_ids)])
+        session.tokens.extend(token_ids)
+        session.pipeline.advance(token_ids)
+
+    def close(self, key: SessionKey) -> None:
+        if (session := self._sessions.pop(key, None)) is not None:
+            self.cache.release(session.cache)
+
+    def close_stream(self, stream: int) -> None:
+        """End every session of a stream."""
+        for key in [key for key in self._sessions if key[0] == stream]:
+            self.close(key)
+
+    def draft(self, orders: Iterable[DraftOrder]) -> dict[SessionKey, TokenTree]:
+        """A tree for every order whose sequence fits the model's context and cache; the others are left out."""
+        growing = [(self._sessions[order.key], order) for order in orders]
+        growing = [(session, order) for session, order in growing if self._prepare(session, order, growing)]
+        for session, order in growing:
+            session.expansion = self._expansion(session, order)
+        level = [session for session, _ in growing]
+        log_probs = self._roots(level)
+        while level:
+            level = [session for session, rows in zip(level, log_probs, strict=True) if _extend(session, rows)]
+            log_probs = self._frontiers(level)
+        return {order.key: _growing(session).build() for session, order in growing}
+
+    def _prepare(self, session: Session, order: DraftOrder, growing: list[tuple[Session, DraftOrder]]) -> bool:
+        """Reserve the KV of a draft, if need be that of the sessions that have not drafted for the longest time."""
+        if len(session.tokens) + order.depth > self.model.config.context_length:
+            return False
+        self._sessions[order.key] = self._sessions.pop(order.key)
+        session.expansion = None
+        entries = len(session.tokens) + self.settings.beam * order.depth + order.nodes
+        keep = {id(other) for other, _ in growing}
+        victims = [other for other in self._sessions.values() if id(other) not in keep and other.cache.blocks]
+        while True:
+            try:
+                self.cache.reserve(session.cache, entries)
+            except CacheFull:
+                if not victims:
+                    return False
+                victim = victims.pop(0)
+                self.cache.release(victim.cache)
+                victim.expansion = None
+            else:
+                return True
+
+    def _expansion(self, session: Session, order: DraftOrder) -> Expansion:
+        root, position = session.tokens[-1], len(session.tokens)
+        policy = ChildPolicy(order.selection, session.pipeline.params.seed, self.settings.stream)
+        if order.widths:
+            widths = order.widths[: order.depth]
+            return StaticExpansion(root, position, policy, widths=widths, max_nodes=order.nodes, source=self.name)
+        return BestFirstExpansion(
+            root,
+            position,
+            policy,
+            max_nodes=order.nodes,
+            max_depth=order.depth,
+            beam=self.settings.beam,
+            min_confidence=self.settings.min_confidence,
+            source=self.name,
+        )
+
+    def _roots(self, sessions: list[Session]) -> list[torch.Tensor]:
+        """Compute the tokens that are not in the cache yet; log-probabilities behind each root, [1, vocab] each."""
+        behind = [session for session in sessions if self._uncomputed(session) > self.settings.prefill_chunk]
+        while behind:
+            self._forward([self._chunk(session) for session in behind])
+            behind = [session for session in behind if self._uncomputed(session) > self.settings.prefill_chunk]
+        if not sessions:
+            return []
+        segments = [self._chunk(session) for session in sessions]
+        hidden = self._forward(segments)
+        for session in sessions:
+            session.cache.length = len(session.tokens) - 1  # the root's entry is the first of the tree's
+        last = torch.tensor([len(segment.token_ids) for segment in segments], device=hidden.device).cumsum(0) - 1
+        return self._log_probs(sessions, hidden[last], [1] * len(sessions))
+
+    def _uncomputed(self, session: Session) -> int:
+        return len(session.tokens) - session.cache.length
+
+    def _chunk(self, session: Session) -> Segment:
+        start = session.cache.length
+        tokens = session.tokens[start : start + self.settings.prefill_chunk]
+        session.cache.length += len(tokens)
+        return Segment.chain(session.cache, tokens, start)
+
+    def _frontiers(self, sessions: list[Session]) -> list[torch.Tensor]:
+        """Log-probabilities behind each session's frontier, [frontier, vocab] each."""
+        if not sessions:
+            return []
+        segments = [_frontier_segment(session) for session in sessions]
+        return self._log_probs(sessions, self._forward(segments), [len(segment.token_ids) for segment in segments])
+
+    def _forward(self, segments: list[Segment]) -> torch.Tensor:
+        return self.model.forward(FlatBatch.of(segments, self.model.device), self.cache)
+
+    def _log_probs(self, sessions: list[Session], hidden: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        logits = self.model.logits(hidden).split(counts)
+        return [
+            session.pipeline.draft_log_probs(rows, _frontier_paths(session))
+            for session, rows in zip(sessions, logits, strict=True)
+        ]
+
+    def _keep(self, session: Session, slots: Sequence[int]) -> None:
+        """Move the KV of accepted nodes right behind the committed entries; `slots` count from there, in path order."""
+        start = session.cache.length
+        moved = [(source, target) for target, source in enumerate(slots) if source != target]
+        sources = [slot(session.cache, start + source) for source, _ in moved]
+        targets = [slot(session.cache, start + target) for _, target in moved]
+        self.model.compact(self.cache, sources, targets)
+        session.cache.length = start + len(slots)
+        session.expansion = None
+
+
+def _extend(session: Session, log_probs: torch.Tensor) -> bool:
+    """Grow a session's tree by one level; whether it wants another."""
+    expansion = _growing(session)
+    expansion.extend(log_probs)
+    return bool(expansion.frontier())
+
+
+def _frontier_segment(session: Session) -> Segment:
+    expansion = _growing(session)
+    frontier = expansion.frontier()
+    return Segment.tree(
+        session.cache,
+        [expansion.token_ids[node] for node in frontier],
+        [expansion.depth(node) for node in frontier],
+        expansion.frontier_masks(),
+        start=session.cache.length,
+        written=len(expansion.evaluated),
+    )
+
+
+def _frontier_paths(session: Session) -> list[tuple[int, ...]] | None:
+    if not session.pipeline.params.needs_context:
+        return None
+    expansion = _growing(session)
+    return [expansion.path_tokens(node) for node in expansion.frontier()]
+
+
+def _growing(session: Session) -> Expansion:
+    assert session.expansion is not None, "only sessions with a tree take part in a level"
+    return session.expansion

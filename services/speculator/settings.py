@@ -1,0 +1,32 @@
+"""Settings of the speculator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from services.common.settings import ServiceSettings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculatorSettings(ServiceSettings):
+    """The small models: draft token trees for a verifier."""
+
+    host: str = setting("Address to listen on.", default="127.0.0.1")
+    port: int = setting("Port to listen on; 0 chooses a free one.", default=50052, minimum=0, maximum=65535)
+    ssm: tuple[str, ...] = setting("Folder or hub id of a small model; repeatable, all with the LLM's tokenizer.")
+    device: str = setting("auto, cpu, cuda, cuda:1, ...", default="auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("Type of the weights; auto: as stored.", default="auto")
+    kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
+    threads: int = setting("CPU threads of the models; 0: all cores.", default=0, minimum=0)
+    kv_memory: float = setting(
+        "Fraction of the free memory for the KV caches.", default=0.2, minimum=0.01, maximum=0.95
+    )
+    max_sequences: int = setting(
+        "Sequences whose KV each model keeps; older ones are computed again.", default=64, minimum=1
+    )
+    prefill_chunk: int = setting("Tokens of one sequence in one forward pass.", default=512, minimum=1)
+    beam: int = setting("Nodes that best-first growth expands at each depth.", default=4, minimum=1, maximum=64)
+    min_confidence: float = setting(
+        "Paths less probable than this are not drafted any deeper.", default=0.05, minimum=0, maximum=1
+    )

@@ -1,0 +1,257 @@
+"""The engine loop: one thread that owns the device and every sequence.
+
+A step reads: plan, collect drafts, forward, verify, commit. Requests come in and go out through thread-safe doors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from speculation.acceptance import Accepted, accept, accept_chosen, resolve_rule
+from speculation.logits import LogitsPipeline
+from speculation.merge import MergedDraft
+
+from services.verifier.drafts import DraftCollector
+from services.verifier.logprobs import gather_logprobs
+from services.verifier.metrics import VerifierMetrics
+from services.verifier.request import GenerationRequest, QueueFull, Sink, StepOutput, TokenLogprob
+from services.verifier.runner import Runner, StepLogits
+from services.verifier.scheduler import Scheduler, SequencePlan
+from services.verifier.sequence import Sequence as RunningSequence
+
+log = logging.getLogger(__name__)
+
+
+class StepFailed(RuntimeError):
+    """The step that a sequence took part in failed; the sequence is lost, the engine goes on."""
+
+
+class Engine:
+    """Continuous batching of token trees. `on_fatal` is called when the loop itself breaks.
+
+    `submit` and `cancel` may be called from any thread; everything else happens in the engine's own.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        drafts: DraftCollector,
+        metrics: VerifierMetrics,
+        max_waiting: int,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.drafts = drafts
+        self.metrics = metrics
+        self._max_waiting = max_waiting
+        self._on_fatal = on_fatal
+        self._ids = itertools.count(1)
+        self._lock = threading.Condition()
+        self._arrivals: deque[tuple[int, GenerationRequest, Sink]] = deque()
+        self._cancelled: set[int] = set()
+        self._stopping = False
+        self._sequences: dict[int, RunningSequence] = {}
+        self._step_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the loop after the step under way; sequences still alive get an error."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        self._thread.join(timeout_s)
+        self.drafts.close()
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> int:
+        """Queue a request; return its id for `cancel`.
+
+        Raises:
+            InvalidRequest: it can never run. QueueFull: too many are waiting.
+        """
+        config = self.runner.model.config
+        request.check(config.vocab_size, config.context_length)
+        with self._lock:
+            waiting = len(self._arrivals) + len(self.scheduler.waiting)
+            if waiting >= self._max_waiting:
+                raise QueueFull(waiting, self._retry_after_ms())
+            sequence_id = next(self._ids)
+            self._arrivals.append((sequence_id, request, sink))
+            self._lock.notify()
+        return sequence_id
+
+    def cancel(self, sequence_id: int) -> None:
+        """Free what a sequence holds before the next step; nothing happens when it has ended."""
+        with self._lock:
+            self._cancelled.add(sequence_id)
+            self._lock.notify()
+
+    def _retry_after_ms(self) -> int:
+        return max(100, min(30_000, int(1000 * self._step_seconds * 50)))
+
+    def _run(self) -> None:
+        try:
+            while self._exchange():
+                self._step_or_fail()
+            self._fail_all(StepFailed("the verifier is stopping"))
+        except BaseException as error:  # outside of a step nothing may fail: the process must not go on
+            self._on_fatal(error)
+            raise
+
+    def _step_or_fail(self) -> None:
+        try:
+            self.step()
+        except Exception as error:  # whatever a step meets, its sequences get an error and the engine lives
+            log.exception("engine step failed")
+            self._fail_all(StepFailed(f"engine step failed: {error!r}"))
+
+    def step(self) -> None:
+        """One step for every planned sequence."""
+        started = time.perf_counter()
+        plans = self.scheduler.plan()
+        drafts = self.drafts.collect(plans)
+        drafted = time.perf_counter()
+        logits = self.runner.forward(plans, drafts)
+        accepted = self._verify(plans, drafts, logits)
+        self._commit(plans, drafts, logits, accepted)
+        self._measure(logits.rows, started, drafted)
+
+    def _exchange(self) -> bool:
+        """Take arrivals and cancellations in; sleep while there is nothing to do; False when it is time to stop."""
+        with self._lock:
+            while not (self._arrivals or self._cancelled or self._stopping or not self.scheduler.idle):
+                self._lock.wait()
+            arrivals, self._arrivals = self._arrivals, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+        for sequence_id, request, sink in arrivals:
+            if sequence_id not in cancelled:
+                self._admit(sequence_id, request, sink)
+        for sequence_id in cancelled:
+            if (sequence := self._sequences.get(sequence_id)) is not None:
+                self._end(sequence, "cancelled")
+        self.drafts.flush()
+        if self.scheduler.idle:
+            self.scheduler.cache.check_idle()
+        return not self._stopping
+
+    def _admit(self, sequence_id: int, request: GenerationRequest, sink: Sink) -> None:
+        model = self.runner.model
+        pipeline = LogitsPipeline(request.sampling, request.prompt, model.config.vocab_size, model.device)
+        sequence = RunningSequence(sequence_id, request, sink, pipeline)
+        self._sequences[sequence_id] = sequence
+        self.scheduler.add(sequence)
+
+    def _verify(
+        self, plans: Sequence[SequencePlan], drafts: Mapping[int, MergedDraft], logits: StepLogits
+    ) -> dict[int, Accepted]:
+        """The accepted path of every tree and one more token, by sequence id."""
+        decoding = [plan.sequence for plan in plans if plan.decodes]
+        plain = any(sequence.pipeline.plain_argmax for sequence in decoding)
+        chosen = logits.trees.argmax(-1).tolist() if plain else []
+        accepted: dict[int, Accepted] = {}
+        for sequence in decoding:
+            draft, start = drafts[sequence.id], logits.tree_starts[sequence.id]
+            if sequence.pipeline.plain_argmax:
+                accepted[sequence.id] = accept_chosen(draft.tree, chosen[start : start + len(draft.tree)])
+            else:
+                accepted[sequence.id] = self._accept_processed(sequence, draft, logits.trees[start:])
+        return accepted
+
+    def _accept_processed(self, sequence: RunningSequence, draft: MergedDraft, rows: torch.Tensor) -> Accepted:
+        params = sequence.request.sampling
+        return accept(
+            resolve_rule(self.drafts.settings.rule, params),
+            draft,
+            lambda node, path: sequence.pipeline.process(rows[node], path),
+            seed=params.seed,
+            position=len(sequence.tokens),
+        )
+
+    def _commit(
+        self,
+        plans: Sequence[SequencePlan],
+        drafts: Mapping[int, MergedDraft],
+        logits: StepLogits,
+        accepted: Mapping[int, Accepted],
+    ) -> None:
+        """Keep the KV of the accepted paths, append the tokens, send them out, end what has finished."""
+        for plan in plans:
+            if (chunk := logits.chunks.get(plan.sequence.id)) is not None:
+                _add_prompt_logprobs(plan, chunk)
+        decoding = [plan.sequence for plan in plans if plan.decodes]
+        self.runner.keep([(sequence, accepted[sequence.id].nodes) for sequence in decoding])
+        for sequence in decoding:
+            start = logits.tree_starts[sequence.id]
+            self._advance(sequence, drafts[sequence.id], accepted[sequence.id], logits.trees[start:])
+
+    def _advance(self, sequence: RunningSequence, draft: MergedDraft, step: Accepted, rows: torch.Tensor) -> None:
+        sequence.llm_steps += 1
+        kept = sequence.append(step.token_ids)
+        self._count(sequence, draft, step)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sequence.request.top_logprobs is not None and kept:
+            visited = rows[[0, *step.nodes][: len(kept)]]
+            logprobs = gather_logprobs(visited, kept, sequence.request.top_logprobs)
+        prompt_logprobs = () if sequence.prompt_logprobs_sent else tuple(sequence.prompt_logprobs)
+        sequence.prompt_logprobs_sent = True
+        sequence.sink(StepOutput(kept, sequence.llm_steps, logprobs, prompt_logprobs, sequence.finish_reason))
+        if sequence.finish_reason is not None:
+            self._end(sequence, sequence.finish_reason.value)
+
+    def _count(self, sequence: RunningSequence, draft: MergedDraft, step: Accepted) -> None:
+        metrics = self.metrics
+        metrics.sequence_steps.inc()
+        metrics.output_tokens.inc(len(step.token_ids))
+        if len(draft.tree) > 1:
+            metrics.drafts.inc()
+            metrics.draft_tokens.inc(len(draft.tree) - 1)
+            metrics.accepted_tokens.inc(len(step.nodes))
+            for depth in range(1, len(step.nodes) + 1):
+                metrics.accepted_at.labels(depth).inc()
+            for tree, nodes in zip(draft.components, draft.maps, strict=True):
+                metrics.accepted_from.labels(tree.source).inc(len(set(nodes) & set(step.nodes)))
+
+    def _measure(self, rows: int, started: float, drafted: float) -> None:
+        finished = time.perf_counter()
+        self._step_seconds = finished - started
+        metrics, scheduler = self.metrics, self.scheduler
+        metrics.draft_seconds.observe(drafted - started)
+        metrics.observe_step(rows, finished - drafted)
+        metrics.running.set(len(scheduler.running))
+        metrics.waiting.set(len(scheduler.waiting))
+        metrics.kv_free_blocks.set(scheduler.cache.free_blocks)
+
+    def _end(self, sequence: RunningSequence, outcome: str) -> None:
+        del self._sequences[sequence.id]
+        self.scheduler.remove(sequence)
+        self.drafts.forget(sequence.id)
+        self.metrics.requests.labels(outcome).inc()
+
+    def _fail_all(self, error: StepFailed) -> None:
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, deque()
+        for _, _, sink in arrivals:
+            sink(error)
+        for sequence in list(self._sequences.values()):
+            sequence.sink(error)
+            self._end(sequence, "failed")
+
+
+def _add_prompt_logprobs(plan: SequencePlan, chunk: torch.Tensor) -> None:
+    """Add the log-probabilities of the prompt tokens behind the chunk's rows; after a preemption they are there."""
+    sequence = plan.sequence
+    first = plan.chunk_end - len(chunk)  # row i is token first + i, and predicts token first + i + 1
+    done = len(sequence.prompt_logprobs)
+    tokens = sequence.request.prompt[first + 1 : plan.chunk_end + 1]
+    rows = gather_logprobs(chunk[: len(tokens)], tokens, sequence.request.top_logprobs or 0)
+    sequence.prompt_logprobs.extend(rows[done - first :])

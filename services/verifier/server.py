@@ -1,0 +1,139 @@
+"""The verifier's gRPC face: asyncio here, the engine's thread behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from protos import tree_pb2, verifier_pb2
+from protos.verifier_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
+from runtime.transformer import LoadOptions
+from services.common.grpc_setup import StatusError, aio_server, start_grpc, stop_grpc
+from services.common.lifecycle import Lifecycle, StartupError
+from services.common.loaded_model import LoadedModel, use_threads
+from services.common.model_facts import ModelFacts, ModelMismatch
+from services.verifier import wire
+from services.verifier.drafts import DraftCollector, DraftSettings
+from services.verifier.engine import Engine
+from services.verifier.metrics import VerifierMetrics
+from services.verifier.request import InvalidRequest, QueueFull, Sink, StepOutput
+from services.verifier.runner import Runner
+from services.verifier.scheduler import Scheduler, SchedulerSettings
+from services.verifier.settings import VerifierSettings
+from services.verifier.speculator_link import SpeculatorLink
+
+log = logging.getLogger(__name__)
+
+SERVICE = "specserve.v1.Verifier"
+
+
+class Servicer(VerifierServicer):
+    """Generate streams what the engine gives; a cancelled call frees its sequence before the next step."""
+
+    def __init__(self, engine: Engine, facts: ModelFacts) -> None:
+        self._engine = engine
+        self._facts = facts
+
+    async def GetModelInfo(
+        self, request: tree_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> tree_pb2.ModelInfo:
+        return self._facts.to_wire()
+
+    async def Generate(
+        self, request: verifier_pb2.GenerateRequest, context: grpc.aio.ServicerContext[object, object]
+    ) -> AsyncIterator[verifier_pb2.GenerateResponse]:
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
+
+        def sink(output: StepOutput | Exception) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        sequence_id = self._submit(request, sink)
+        ended = False
+        try:
+            while not ended:
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    ended = True
+                    raise StatusError(grpc.StatusCode.INTERNAL, str(output))
+                ended = output.finish_reason is not None
+                yield wire.generate_response(output)
+        finally:
+            if not ended:
+                self._engine.cancel(sequence_id)
+
+    def _submit(self, message: verifier_pb2.GenerateRequest, sink: Sink) -> int:
+        try:
+            return self._engine.submit(wire.generation_request(message), sink)
+        except InvalidRequest as error:
+            raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        except QueueFull as error:
+            metadata = {"retry-after-ms": str(error.retry_after_ms)}
+            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), metadata) from None
+
+
+@asynccontextmanager
+async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
+    """Load the model, connect the speculators, serve until the context ends."""
+    use_threads(settings.threads)
+    options = LoadOptions(settings.device, settings.dtype, settings.kernels)
+    loaded = await asyncio.to_thread(
+        LoadedModel.load, settings.llm, options, settings.kv_memory, settings.max_sequences, settings.model_name
+    )
+    facts = loaded.facts
+    because = loaded.model.backend.reason
+    log.info("model loaded", extra={**vars(facts), "kernels_because": because, "kv_blocks": loaded.cache.blocks})
+    metrics = VerifierMetrics(lifecycle.registry)
+    engine = _build_engine(settings, loaded, await _connect(settings, facts, metrics), metrics, lifecycle)
+    server = aio_server(lifecycle)
+    add_VerifierServicer_to_server(Servicer(engine, facts), server)
+    engine.start()
+    try:
+        await start_grpc(server, lifecycle, settings.host, settings.port, (SERVICE,))
+        yield
+    finally:
+        await stop_grpc(server)
+        await asyncio.to_thread(engine.stop)
+
+
+async def _connect(settings: VerifierSettings, facts: ModelFacts, metrics: VerifierMetrics) -> list[SpeculatorLink]:
+    links = [SpeculatorLink(address, facts, metrics) for address in settings.speculator]
+    try:
+        for link in links:
+            if not await asyncio.to_thread(link.wait_connected, settings.speculator_wait_s):
+                log.warning("speculator not there yet; decoding starts without it", extra={"at": link.address})
+    except ModelMismatch as error:
+        for link in links:
+            link.close()
+        raise StartupError(str(error)) from None
+    return links
+
+
+def _build_engine(
+    settings: VerifierSettings,
+    loaded: LoadedModel,
+    links: list[SpeculatorLink],
+    metrics: VerifierMetrics,
+    lifecycle: Lifecycle,
+) -> Engine:
+    bounds = SchedulerSettings(
+        max_sequences=settings.max_sequences,
+        max_step_rows=settings.max_step_rows,
+        prefill_chunk=settings.prefill_chunk,
+        draft_nodes=settings.draft_nodes if links else 0,
+        draft_depth=settings.draft_depth,
+        max_draft_rows=settings.max_draft_rows,
+    )
+    drafting = DraftSettings(settings.acceptance, settings.draft_width, settings.draft_timeout_ms / 1000)
+    return Engine(
+        Runner(loaded.model, loaded.cache),
+        Scheduler(bounds, loaded.cache, loaded.facts.context_length),
+        DraftCollector(links, drafting),
+        metrics,
+        settings.max_waiting,
+        lifecycle.fail,
+    )

@@ -1,0 +1,54 @@
+"""Settings of the verifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from speculation.acceptance import AcceptanceRule
+
+from services.common.settings import ServiceSettings, SettingsError, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifierSettings(ServiceSettings):
+    """The large language model: checks token trees and generates."""
+
+    host: str = setting("Address to listen on.", default="127.0.0.1")
+    port: int = setting("Port to listen on; 0 chooses a free one.", default=50051, minimum=0, maximum=65535)
+    llm: str = setting("Folder or hub id of the large language model.")
+    model_name: str = setting("Name to serve it under; empty for the folder's name or the hub id.", default="")
+    speculator: tuple[str, ...] = setting("HOST:PORT of a speculator; repeatable.", default=())
+    speculator_wait_s: float = setting(
+        "How long the start waits for each speculator; later it is tried again in the background.",
+        default=20.0,
+        minimum=0,
+    )
+    device: str = setting("auto, cpu, cuda, cuda:1, ...", default="auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("Type of the weights; auto: as stored.", default="auto")
+    kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
+    threads: int = setting("CPU threads of the model; 0: all cores.", default=0, minimum=0)
+    kv_memory: float = setting("Fraction of the free memory for the KV cache.", default=0.5, minimum=0.01, maximum=0.95)
+    max_sequences: int = setting("Sequences in one step.", default=32, minimum=1)
+    max_waiting: int = setting("Sequences that may wait; more get RESOURCE_EXHAUSTED.", default=256, minimum=1)
+    max_step_rows: int = setting("Rows of one step, prompt chunks and trees together.", default=512, minimum=2)
+    prefill_chunk: int = setting("Prompt tokens of one sequence in one step.", default=256, minimum=1)
+    acceptance: AcceptanceRule = setting(
+        "How sampled requests accept drafts: shared-noise (a seed fixes the text), mss or naive.",
+        default=AcceptanceRule.SHARED_NOISE,
+    )
+    draft_nodes: int = setting("Draft tokens of a tree; 0 switches drafting off.", default=8, minimum=0, maximum=255)
+    draft_depth: int = setting("Depth of a tree.", default=6, minimum=1, maximum=64)
+    draft_width: tuple[int, ...] = setting(
+        "Children of a node at each depth, for static trees; repeatable. Empty: best-first growth.", default=()
+    )
+    max_draft_rows: int = setting(
+        "Draft tokens of all trees of a step; under load they share them.", default=32, minimum=0
+    )
+    draft_timeout_ms: int = setting("How long a step waits for its drafts.", default=500, minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.acceptance is AcceptanceRule.GREEDY:
+            raise SettingsError("acceptance is greedy; that rule is for requests of temperature 0, which always get it")
+        if any(width < 1 for width in self.draft_width):
+            raise SettingsError(f"draft_width is {list(self.draft_width)}; each depth needs at least 1 child")

@@ -1,0 +1,207 @@
+"""The verifier's stream to one speculator.
+
+A speculator may be slow, wrong, restarted or gone: every failure ends the stream, costs this step's draft, and is
+followed by a reconnection with backoff. Nothing that happens here changes a token.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import grpc
+
+from protos import speculator_pb2, tree_pb2
+from protos.speculator_pb2_grpc import SpeculatorStub
+from services.common.grpc_setup import channel
+from services.common.model_facts import ModelFacts, ModelMismatch
+from services.verifier import wire
+from services.verifier.drafts import DraftOrder
+from services.verifier.metrics import VerifierMetrics
+from speculation.tree import InvalidTree, TokenTree
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 2.0
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 10.0
+
+
+class SpeculatorLink:
+    """A `DraftSource` over gRPC. A thread of its own connects and reads; the engine's thread sends and waits.
+
+    The first failure to connect is not an error: the engine decodes plainly until the speculator is there. A speculator
+    with another tokenizer is refused, again at each reconnection.
+    """
+
+    def __init__(self, address: str, llm: ModelFacts, metrics: VerifierMetrics) -> None:
+        self.address = address
+        self._llm = llm
+        self._metrics = metrics
+        self._stream: _Stream | None = None
+        self._closing = threading.Event()
+        self._settled = threading.Event()
+        self._mismatch: ModelMismatch | None = None
+        self._thread = threading.Thread(target=self._run, name=f"speculator {address}", daemon=True)
+        self._thread.start()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for the first connection; False when the speculator is not there in time.
+
+        Raises:
+            ModelMismatch: it is there, but its models do not fit the LLM.
+        """
+        self._settled.wait(timeout_s)
+        if self._mismatch is not None:
+            raise self._mismatch
+        return self._stream is not None
+
+    def send(self, step: int, orders: Sequence[DraftOrder]) -> bool:
+        stream = self._stream
+        if stream is None:
+            return False
+        stream.send(step, orders)
+        return True
+
+    def receive(self, step: int, deadline: float) -> Mapping[int, list[TokenTree]]:
+        stream = self._stream
+        if stream is None:
+            return {}
+        try:
+            return stream.receive(step, deadline, self._llm.vocab_size)
+        except TimeoutError:
+            self._drop(stream, "timeout", "no draft in time")
+        except InvalidTree as error:
+            self._drop(stream, "invalid", f"invalid draft: {error}")
+        except ConnectionError as error:
+            self._drop(stream, "unavailable", str(error))
+        return {}
+
+    def forget(self, sequence_id: int) -> None:
+        if (stream := self._stream) is not None:
+            stream.forget(sequence_id)
+
+    def flush(self) -> None:
+        if (stream := self._stream) is not None:
+            stream.flush()
+
+    def close(self) -> None:
+        self._closing.set()
+        if (stream := self._stream) is not None:
+            stream.cancel()
+        self._thread.join(CONNECT_TIMEOUT_S + 1)
+
+    def _drop(self, stream: _Stream, reason: str, message: str) -> None:
+        self._stream = None
+        stream.cancel()
+        self._metrics.speculator_failures.labels(self.address, reason).inc()
+        log.warning("speculator dropped; decoding goes on without it", extra={"at": self.address, "reason": message})
+
+    def _run(self) -> None:
+        backoff = FIRST_BACKOFF_S
+        with channel(self.address) as connection:
+            while not self._closing.is_set():
+                started = time.monotonic()
+                try:
+                    self._connect_and_read(connection)
+                except ModelMismatch as error:
+                    self._mismatch = error
+                    log.error("speculator refused", extra={"at": self.address, "reason": str(error)})
+                    backoff = LONGEST_BACKOFF_S
+                except grpc.RpcError as error:
+                    log.warning("speculator unreachable", extra={"at": self.address, "reason": wire.status_of(error)})
+                self._metrics.speculator_up.labels(self.address).set(0)
+                if self._mismatch:
+                    self._settled.set()
+                if time.monotonic() - started > LONGEST_BACKOFF_S:
+                    backoff = FIRST_BACKOFF_S
+                self._closing.wait(backoff)
+                backoff = min(2 * backoff, LONGEST_BACKOFF_S)
+
+    def _connect_and_read(self, connection: grpc.Channel) -> None:
+        """Connect, then pass responses on until the stream ends; grpc.RpcError when there is no connection."""
+        stub = SpeculatorStub(connection)
+        models = stub.ListModels(tree_pb2.ModelInfoRequest(), timeout=CONNECT_TIMEOUT_S).models
+        names = []
+        for message in models:
+            facts = ModelFacts.from_wire(message)
+            facts.check_drafts_for(self._llm)
+            names.append(facts.model)
+        self._mismatch = None
+        stream = _Stream(stub)
+        self._stream = stream
+        self._settled.set()
+        self._metrics.speculator_up.labels(self.address).set(1)
+        log.info("speculator connected", extra={"at": self.address, "models": names})
+        try:
+            stream.read()
+            reason = "the speculator ended the stream"
+        except grpc.RpcError as error:
+            reason = wire.status_of(error)
+        if self._stream is stream and not self._closing.is_set():
+            self._drop(stream, "unavailable", reason)
+
+
+class _Stream:
+    """One Speculate call and what the speculator knows at its other end."""
+
+    def __init__(self, stub: SpeculatorStub) -> None:
+        self._requests: queue.SimpleQueue[speculator_pb2.SpeculateRequest | None] = queue.SimpleQueue()
+        self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
+        self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
+        self._ended: list[int] = []
+        self._orders: dict[int, DraftOrder] = {}
+        self._call = stub.Speculate(iter(self._requests.get, None))
+
+    def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
+        self._orders = {order.sequence.id: order for order in orders}
+        self._requests.put(wire.speculate_request(step, self._ended, orders, self._known))
+        self._ended = []
+        for order in orders:
+            self._known[order.sequence.id] = len(order.sequence.tokens)
+
+    def receive(self, step: int, deadline: float, vocab_size: int) -> Mapping[int, list[TokenTree]]:
+        """The trees of a step.
+
+        Raises:
+            TimeoutError: no response by the deadline. ConnectionError: the stream has ended.
+            InvalidTree: a tree is malformed, is for another state, or exceeds its budget.
+        """
+        while True:
+            try:
+                response = self._responses.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError from None
+            if response is None:
+                raise ConnectionError("the speculator ended the stream")
+            if response.step > step:
+                raise InvalidTree(f"response to step {response.step}, but the newest request is {step}")
+            if response.step == step:
+                break
+        for sequence_id in response.unknown_sequence_ids:
+            self._known.pop(sequence_id, None)
+        return wire.read_drafts(response, self._orders, vocab_size)
+
+    def forget(self, sequence_id: int) -> None:
+        if self._known.pop(sequence_id, None) is not None:
+            self._ended.append(sequence_id)
+
+    def flush(self) -> None:
+        if self._ended:
+            self._requests.put(speculator_pb2.SpeculateRequest(close=self._ended))
+            self._ended = []
+
+    def read(self) -> None:
+        """Pass responses to the engine's thread until the call ends; grpc.RpcError when it fails."""
+        try:
+            for response in self._call:
+                self._responses.put(response)
+        finally:
+            self._responses.put(None)
+            self._requests.put(None)
+
+    def cancel(self) -> None:
+        self._call.cancel()

@@ -1,0 +1,125 @@
+"""The runtime against Hugging Face's own models: logits of chains, of trees, of chunks, and what must not change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from runtime.batch import FlatBatch, Segment
+from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache, slot
+from runtime.transformer import LoadOptions, Transformer
+from speculation.tree import TokenTree
+from tests.tiny_models import SHAPES, VOCAB, write_model
+
+BACKENDS = ["native", "torch"]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), request.param)
+
+
+def load(folder: Path, kernels: str = "auto") -> tuple[Transformer, KVCache]:
+    model = Transformer.load(folder, LoadOptions(device="cpu", kernels=kernels))
+    assert kernels in ("auto", model.backend.name)
+    return model, KVCache(model.config, 64, model.device, model.activation_dtype)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run_chain(model: Transformer, cache: KVCache, tokens: list[int], chunk: int) -> torch.Tensor:
+    sequence = CachedSequence()
+    cache.reserve(sequence, len(tokens))
+    rows = []
+    for start in range(0, len(tokens), chunk):
+        segment = Segment.chain(sequence, tokens[start : start + chunk], start)
+        rows.append(model.logits(model.forward(FlatBatch.of([segment], model.device), cache)))
+    cache.release(sequence)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_logits_equal_hugging_face(folder: Path, kernels: str) -> None:
+    model, cache = load(folder, kernels)
+    tokens = prompt(90)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = reference(input_ids=torch.tensor([tokens])).logits[0]
+    for chunk in (90, 32, 7):
+        torch.testing.assert_close(run_chain(model, cache, tokens, chunk), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: str) -> None:
+    model, cache = load(folder, kernels)
+    committed = prompt(21)
+    tree = TokenTree((5, 6, 7, 8, 9, 10, 6), (-1, 0, 0, 1, 1, 2, 2))
+    sequence = CachedSequence()
+    cache.reserve(sequence, 64)
+    prefix = Segment.chain(sequence, committed, 0)
+    nodes = Segment.tree(sequence, tree.token_ids, tree.depths(), tree.ancestor_masks(), len(committed))
+    logits = model.logits(model.forward(FlatBatch.of([prefix, nodes], model.device), cache))[len(committed) :]
+    for node in range(len(tree)):
+        path = [tree.token_ids[0], *(tree.token_ids[step] for step in tree.path(node))]
+        alone = run_chain(model, cache, committed + path, 1)[-1]
+        if model.backend.name == "native":
+            assert torch.equal(logits[node], alone), "the native kernels promise equal bits"
+        else:
+            torch.testing.assert_close(logits[node], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_compacted_path_continues_like_a_chain(folder: Path, kernels: str) -> None:
+    model, cache = load(folder, kernels)
+    committed = prompt(BLOCK_SIZE - 2)  # the tree crosses a block boundary
+    tree = TokenTree((5, 6, 7, 8, 9), (-1, 0, 0, 2, 3))
+    sequence = CachedSequence()
+    cache.reserve(sequence, 64)
+    prefix = Segment.chain(sequence, committed, 0)
+    nodes = Segment.tree(sequence, tree.token_ids, tree.depths(), tree.ancestor_masks(), len(committed))
+    model.forward(FlatBatch.of([prefix, nodes], model.device), cache)
+    start = len(committed)
+    accepted = [2, 3, 4]
+    model.compact(
+        cache,
+        [slot(sequence, start + node) for node in accepted],
+        [slot(sequence, start + depth) for depth in (1, 2, 3)],
+    )
+    sequence.length = start + 4
+    following = Segment.chain(sequence, [11], sequence.length)
+    logits = model.logits(model.forward(FlatBatch.of([following], model.device), cache))[0]
+    expected = run_chain(model, cache, [*committed, 5, 7, 8, 9, 11], 1)[-1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
+    model, cache = load(folder, "native")
+    sequences = [CachedSequence() for _ in range(5)]
+    segments = []
+    for index, sequence in enumerate(sequences):
+        cache.reserve(sequence, 40)
+        segments.append(Segment.chain(sequence, prompt(9 * index + 3, index), 0))
+    together = model.logits(model.forward(FlatBatch.of(segments, model.device), cache))
+    first = 0
+    for segment in segments:
+        count = len(segment.token_ids)
+        alone = model.logits(model.forward(FlatBatch.of([segment], model.device), cache))
+        assert torch.equal(together[first : first + count], alone)
+        first += count
+
+
+def test_bfloat16_weights_compute_like_their_widened_selves(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "bf16", "llama-gqa")
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    narrow.save_pretrained(folder)
+    tokens = prompt(20)
+    model, cache = load(folder, "native")
+    assert model.weight_dtype == torch.bfloat16
+    widened = Transformer.load(folder, LoadOptions(device="cpu", dtype="float32", kernels="native"))
+    other = KVCache(widened.config, 8, widened.device, widened.activation_dtype)
+    assert torch.equal(run_chain(model, cache, tokens, 20), run_chain(widened, other, tokens, 20))
