@@ -67,15 +67,28 @@ class TokenTree:
         return cls((token_id,), (-1,))
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise InvalidTree for a token id outside 0..vocab_size-1 or a distribution of another length."""
+        """Check what came over the wire against the vocabulary.
+
+        Raises:
+            InvalidTree: a token id outside 0..vocab_size-1, a distribution of another length or that is none
+                (negative, not finite, not of sum 1), or a child to which its parent's distribution gives no chance.
+        """
         for node, token_id in enumerate(self.token_ids):
             if not 0 <= token_id < vocab_size:
                 raise InvalidTree(f"node {node} has token {token_id}; the vocabulary has {vocab_size}")
         for node, distribution in self.distributions.items():
             if distribution.shape != (vocab_size,):
                 raise InvalidTree(
-                    f"distribution of node {node} has shape {tuple(distribution.shape)}, not {vocab_size}"
+                    f"distribution of node {node} has shape {tuple(distribution.shape)}, not ({vocab_size},)"
                 )
+            if not (abs(float(distribution.sum(dtype=torch.float64)) - 1) < 1e-3 and float(distribution.min()) >= 0):
+                raise InvalidTree(
+                    f"distribution of node {node} has negative or infinite entries, or a sum other than 1"
+                )
+        for node, parent in enumerate(self.parents[1:], start=1):
+            q = self.distributions.get(parent)
+            if q is not None and not q[self.token_ids[node]] > 0:
+                raise InvalidTree(f"node {node} has token {self.token_ids[node]}, which its parent cannot have drawn")
 
     def depths(self) -> list[int]:
         """Depth of each node; the root's is 0."""
@@ -109,19 +122,43 @@ class TokenTree:
             masks[node] = masks[self.parents[node]] | 1 << node
         return masks
 
-    def depth_first(self) -> TokenTree:
-        """The same tree with every subtree in consecutive nodes; the order of siblings stays."""
+    def subtree_order(self) -> list[int]:
+        """Nodes in depth-first order; siblings stay in the order of the draft."""
         children = self.children()
         order: list[int] = []
-        stack: Sequence[int] = [0]
+        stack = [0]
         while stack:
-            *rest, node = stack
+            node = stack.pop()
             order.append(node)
-            stack = [*rest, *reversed(children[node])]
-        new = {old: index for index, old in enumerate(order)}
+            stack.extend(reversed(children[node]))
+        return order
+
+    def depth_first(self) -> TokenTree:
+        """The same tree with every subtree in consecutive nodes; the order of siblings stays."""
+        return self.select(self.subtree_order())
+
+    def select(self, nodes: Sequence[int]) -> TokenTree:
+        """The tree of these nodes, numbered in the order given: node nodes[i] becomes node i.
+
+        A selected node's parent must be selected before it. A distribution whose node loses all its children is
+        dropped.
+
+        Raises:
+            InvalidTree: the first node is not the root, or a parent is missing.
+        """
+        if len(nodes) == len(self) and all(new == old for new, old in enumerate(nodes)):
+            return self
+        if not nodes or nodes[0] != 0:
+            raise InvalidTree(f"the selected nodes {list(nodes[:4])}.. do not begin with the root")
+        new = {old: index for index, old in enumerate(nodes)}
+        try:
+            parents = (-1, *(new[self.parents[old]] for old in nodes[1:]))
+        except KeyError as missing:
+            raise InvalidTree(f"node {missing} is not selected, but one of its children is") from None
+        inner = set(parents)
         return TokenTree(
-            tuple(self.token_ids[old] for old in order),
-            tuple(-1 if old == 0 else new[self.parents[old]] for old in order),
-            {new[old]: distribution for old, distribution in self.distributions.items()},
+            tuple(self.token_ids[old] for old in nodes),
+            parents,
+            {new[old]: q for old, q in self.distributions.items() if new.get(old) in inner},
             self.source,
         )

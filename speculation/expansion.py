@@ -1,0 +1,344 @@
+"""Growing a candidate tree from a small model's own next-token distributions.
+
+A builder says which nodes it wants to know the next token of, is given the log-probabilities, and asks again, level by
+level; so one forward pass can serve the frontiers of many sequences. Builders run no model and know none.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from speculation.noise import derive_seed, gumbel_noise
+from speculation.tree import MAX_NODES, TokenTree
+
+
+class ChildSelection(StrEnum):
+    """How the children of a node are chosen.
+
+    TOP: the most likely tokens.
+    SHARED_NOISE: the most likely ones after adding the noise that the verifier will add.
+    SAMPLED: drawn without replacement; the distributions that they were drawn from are kept.
+    """
+
+    TOP = "top"
+    SHARED_NOISE = "shared-noise"
+    SAMPLED = "sampled"
+
+
+@dataclass(frozen=True)
+class ChildPolicy:
+    """How a builder chooses children, and how sure it is of them.
+
+    seed: the request's.
+    stream: SAMPLED only; keeps the draws apart of models whose trees are merged. Two models of one request must not
+        share it: their draws would depend on each other and bias multi-step speculative sampling.
+    disagreement: typical scale of log p - log q between the LLM and the small model, which turns scores into
+        confidences; it steers the shape of trees, never the output.
+    """
+
+    selection: ChildSelection
+    seed: int = 0
+    stream: int = 0
+    disagreement: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.disagreement <= 100:
+            raise ValueError(f"disagreement is {self.disagreement}; it must be in 0.01..100")
+
+
+class Expansion(ABC):
+    """A tree under construction. Nodes are numbered in the order in which they were added; 0 is the root.
+
+    root_token: the last token that the sequence has. position: index in the sequence of the token behind it.
+    max_nodes: upper bound of the built tree's nodes, the root not counted.
+    min_confidence: nodes with a smaller probability of being accepted, by the builder's estimate, get no children.
+
+    Raises:
+        ValueError: max_nodes or min_confidence outside its bounds.
+    """
+
+    def __init__(
+        self,
+        root_token: int,
+        position: int,
+        policy: ChildPolicy,
+        *,
+        max_nodes: int,
+        min_confidence: float = 0.0,
+        source: str = "",
+    ) -> None:
+        if not 0 <= max_nodes < MAX_NODES:
+            raise ValueError(f"max_nodes is {max_nodes}; it must be in 0..{MAX_NODES - 1}")
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"min_confidence is {min_confidence}; it must be in 0..1")
+        self.token_ids = [root_token]
+        # Nodes whose log-probabilities were given, in that order: slot j of the draft's KV holds evaluated[j].
+        self.evaluated: list[int] = []
+        self._position = position
+        self._policy = policy
+        self._max_nodes = max_nodes
+        self._floor = math.log(min_confidence) if min_confidence > 0 else -math.inf
+        self._source = source
+        self._parents = [-1]
+        self._depths = [0]
+        # Log of the estimated probability that the node is accepted; never above its parent's.
+        self._confidences = [0.0]
+        self._distributions: dict[int, torch.Tensor] = {}
+        # For evaluated nodes: bit j is set when slot j is the node's own or an ancestor's.
+        self._masks: dict[int, int] = {}
+        self._frontier = [0] if max_nodes > 0 and self._level_width(0) > 0 else []
+
+    def frontier(self) -> list[int]:
+        """Nodes whose next-token log-probabilities are wanted now, all of one depth; empty when the tree is done."""
+        return self._frontier
+
+    def frontier_masks(self) -> list[int]:
+        """Ancestor bit mask of each frontier node over the slots; the i-th of them will get slot len(evaluated) + i."""
+        first = len(self.evaluated)
+        ancestors = [self._masks.get(self._parents[node], 0) for node in self._frontier]
+        return [mask | 1 << first + index for index, mask in enumerate(ancestors)]
+
+    def extend(self, log_probs: torch.Tensor) -> None:
+        """Add the children of the frontier.
+
+        log_probs: float32 [len(frontier), vocab], row for row the distribution behind the frontier's nodes as
+            LogitsPipeline.draft_log_probs gives it.
+
+        Raises:
+            ValueError: another number of rows.
+        """
+        frontier = self._frontier
+        if log_probs.dim() != 2 or len(log_probs) != len(frontier) or not frontier:
+            raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; the frontier has {len(frontier)} nodes")
+        for node, mask in zip(frontier, self.frontier_masks(), strict=True):
+            self._masks[node] = mask
+        self.evaluated.extend(frontier)
+        depth = self._depths[frontier[0]]
+        width = min(self._level_width(depth), log_probs.shape[1])
+        token_ids, confidences = _rank_children(self._policy, log_probs, self._position + depth, width)
+        scores = [
+            [self._confidences[node] + confidence for confidence in row if confidence > -math.inf]
+            for node, row in zip(frontier, confidences, strict=True)
+        ]
+        first = len(self.token_ids)
+        for row, count in enumerate(self._share(depth, scores)):
+            if count and self._policy.selection is ChildSelection.SAMPLED:
+                self._distributions[frontier[row]] = log_probs[row].exp()
+            self.token_ids.extend(token_ids[row][:count])
+            self._confidences.extend(scores[row][:count])
+            self._parents.extend([frontier[row]] * count)
+        added = range(first, len(self.token_ids))
+        self._depths.extend([depth + 1] * len(added))
+        promising = [node for node in added if self._confidences[node] >= self._floor]
+        self._frontier = self._expandable(promising) if self._level_width(depth + 1) > 0 else []
+
+    def build(self) -> TokenTree:
+        """The tree so far, depth-first; at any time."""
+        tree = TokenTree(tuple(self.token_ids), tuple(self._parents), self._distributions, self._source)
+        tree = tree.select(self._kept())
+        return tree.depth_first()
+
+    def depth(self, node: int) -> int:
+        """Depth of a node; the root's is 0."""
+        return self._depths[node]
+
+    def path_tokens(self, node: int) -> tuple[int, ...]:
+        """Tokens from below the root down to the node; empty for the root."""
+        token_ids: list[int] = []
+        while node > 0:
+            token_ids.append(self.token_ids[node])
+            node = self._parents[node]
+        return tuple(reversed(token_ids))
+
+    def match(self, token_ids: Sequence[int]) -> list[int]:
+        """Slots of the evaluated nodes on the path of the accepted tokens, from the root's on.
+
+        They hold the KV of the root, token_ids[0], token_ids[1] and so on; empty when nothing was evaluated.
+        """
+        slots = {node: slot for slot, node in enumerate(self.evaluated)}
+        below = {(self._parents[node], self.token_ids[node]): slot for node, slot in slots.items()}
+        matched = [0] if self.evaluated else []
+        for token_id in token_ids if matched else ():
+            slot = below.get((self.evaluated[matched[-1]], token_id))
+            if slot is None:
+                break
+            matched.append(slot)
+        return matched
+
+    @abstractmethod
+    def _level_width(self, depth: int) -> int:
+        """How many children a node of this depth may have at most; 0 ends the growth."""
+
+    @abstractmethod
+    def _share(self, depth: int, scores: Sequence[Sequence[float]]) -> list[int]:
+        """How many children each frontier node gets, of those that scores lists for it, best first.
+
+        Nothing that was drawn may enter here but the path to the nodes: multi-step speculative sampling is exact only
+        if the number of draws is fixed before them and every draw is handed on.
+        """
+
+    @abstractmethod
+    def _expandable(self, nodes: list[int]) -> list[int]:
+        """Those of the level just added that shall get children."""
+
+    @abstractmethod
+    def _kept(self) -> list[int]:
+        """Nodes of the built tree, in order, with the root."""
+
+
+class StaticExpansion(Expansion):
+    """The same shape for every draft: a node of depth i has widths[i] children (SpecInfer, section 3, <k1, k2, .. km>).
+
+    When max_nodes cuts a level, first children come before second ones.
+
+    Raises:
+        ValueError: a width below 1.
+    """
+
+    def __init__(
+        self,
+        root_token: int,
+        position: int,
+        policy: ChildPolicy,
+        *,
+        widths: Sequence[int],
+        max_nodes: int,
+        min_confidence: float = 0.0,
+        source: str = "",
+    ) -> None:
+        if any(width < 1 for width in widths):
+            raise ValueError(f"widths are {list(widths)}; each must be at least 1")
+        self._widths = tuple(widths)
+        super().__init__(
+            root_token, position, policy, max_nodes=max_nodes, min_confidence=min_confidence, source=source
+        )
+
+    def _level_width(self, depth: int) -> int:
+        return min(self._widths[depth], self._left()) if depth < len(self._widths) else 0
+
+    def _left(self) -> int:
+        return self._max_nodes + 1 - len(self.token_ids)
+
+    def _share(self, depth: int, scores: Sequence[Sequence[float]]) -> list[int]:
+        counts = [0] * len(scores)
+        left = self._left()
+        for rank in range(self._widths[depth]):
+            for row, row_scores in enumerate(scores):
+                if rank < len(row_scores) and left > 0:
+                    counts[row] += 1
+                    left -= 1
+        return counts
+
+    def _expandable(self, nodes: list[int]) -> list[int]:
+        return nodes[: self._left()]
+
+    def _kept(self) -> list[int]:
+        return list(range(len(self.token_ids)))
+
+
+class BestFirstExpansion(Expansion):
+    """Grows where the small model is surest (as EAGLE-2, section 4): the tree of the max_nodes most probable paths.
+
+    At each depth at most `beam` nodes are evaluated, the most probable ones that still belong to the best max_nodes. A
+    child is never more probable than its parent, so that the best nodes form a tree.
+
+    Sampled children cannot be pruned without bias. There the budget is spread over the levels, and a level's over its
+    nodes, by confidences that depend on the path and on the distribution but not on the draws.
+
+    Raises:
+        ValueError: max_depth below 0 or beam below 1.
+    """
+
+    def __init__(
+        self,
+        root_token: int,
+        position: int,
+        policy: ChildPolicy,
+        *,
+        max_nodes: int,
+        max_depth: int,
+        beam: int = 8,
+        min_confidence: float = 0.0,
+        source: str = "",
+    ) -> None:
+        if max_depth < 0 or beam < 1:
+            raise ValueError(f"max_depth is {max_depth} and beam {beam}; they must be at least 0 and 1")
+        self._max_depth = max_depth
+        self._beam = beam
+        super().__init__(
+            root_token, position, policy, max_nodes=max_nodes, min_confidence=min_confidence, source=source
+        )
+
+    def _level_width(self, depth: int) -> int:
+        if depth >= self._max_depth:
+            return 0
+        if self._policy.selection is not ChildSelection.SAMPLED:
+            return self._max_nodes
+        left = self._max_nodes + 1 - len(self.token_ids)
+        return math.ceil(left / (self._max_depth - depth))
+
+    def _share(self, depth: int, scores: Sequence[Sequence[float]]) -> list[int]:
+        ranked = sorted(((score, row) for row, row_scores in enumerate(scores) for score in row_scores), reverse=True)
+        counts = [0] * len(scores)
+        for _, row in ranked[: self._level_width(depth)]:
+            counts[row] += 1
+        return counts
+
+    def _expandable(self, nodes: list[int]) -> list[int]:
+        kept = set(self._kept())
+        best = sorted((node for node in nodes if node in kept), key=self._confidences.__getitem__, reverse=True)
+        return sorted(best[: self._beam])
+
+    def _kept(self) -> list[int]:
+        nodes = range(len(self.token_ids))
+        if self._policy.selection is ChildSelection.SAMPLED:
+            return list(nodes)
+        # Stable: of equally probable nodes the one added first, hence a parent before its child.
+        return sorted(sorted(nodes, key=self._confidences.__getitem__, reverse=True)[: self._max_nodes + 1])
+
+
+def _rank_children(
+    policy: ChildPolicy, log_probs: torch.Tensor, position: int, width: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The `width` first children of each row of log_probs [n, vocab], best or drawn first, and their confidences.
+
+    A confidence is the log of the estimated probability that the child is the token that will be accepted, given that
+    its parent is; -inf where the row has no such child. In every row they fall.
+    """
+    scores = log_probs
+    if policy.selection is ChildSelection.SHARED_NOISE:
+        scores = log_probs + gumbel_noise(policy.seed, position, log_probs.shape[1], log_probs.device)
+    elif policy.selection is ChildSelection.SAMPLED:
+        # The largest values of log q + Gumbel noise, in order, are draws from q without replacement.
+        seed = derive_seed(policy.seed, 1 + policy.stream)
+        scores = log_probs + gumbel_noise(seed, position, log_probs.shape[1], log_probs.device)
+    best = scores.topk(width)
+    confidences = best.values
+    if policy.selection is ChildSelection.SHARED_NOISE:
+        # If log p - log q is Gumbel noise of scale b, then P(argmax(log p + g) = x) = softmax((log q + g) / b)_x
+        scaled = scores / policy.disagreement
+        confidences = best.values / policy.disagreement - scaled.logsumexp(-1, keepdim=True)
+    elif policy.selection is ChildSelection.SAMPLED:
+        confidences = _draw_confidences(policy, log_probs, best.values)
+    return best.indices.tolist(), confidences.tolist()
+
+
+def _draw_confidences(policy: ChildPolicy, log_probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Confidences [n, width] of drawn children: by rank, since they must not depend on the tokens drawn.
+
+    draws: the perturbed log-probabilities of the draws [n, width]; only their being -inf is used, which says that the
+        distribution has fewer tokens than the width, whatever was drawn.
+    """
+    # The first draw is accepted with probability 1 - TV(p, q) (SpecInfer, section 4.3). If log p - log q is Gumbel
+    # noise of scale b <= 1, TV is about 0.6 b (1 - sum q^2); of what it leaves, later draws get about 1/4, 1/8, ..
+    rejected = (1 - log_probs.exp().square().sum(-1, keepdim=True)).clamp(min=0) * min(0.6 * policy.disagreement, 0.6)
+    shares = torch.full((draws.shape[1],), 0.5, device=draws.device).cumprod(0) / 2
+    confidences = (rejected * shares).log()
+    confidences[:, 0] = (1 - rejected[:, 0]).log()
+    return confidences.masked_fill(draws == -torch.inf, -torch.inf)
