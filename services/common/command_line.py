@@ -81,7 +81,8 @@ def _help(field: Field) -> str:
     if field.default is dataclasses.MISSING:
         notes.append("required")
     elif field.default not in (None, ()):
-        notes.append(f"default {to_text(field.default)}")
+        defaults = field.default if isinstance(field.default, tuple) else (field.default,)
+        notes.append(f"default {' '.join(to_text(value) for value in defaults)}")
     return f"{field.help_text} [{'; '.join(notes)}]" if notes else field.help_text
 
 

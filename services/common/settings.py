@@ -120,11 +120,13 @@ def load_settings(
         SettingsError: an unknown key, a bad or missing value, an unreadable file.
     """
     environ = os.environ if environ is None else environ
-    if config is None and environ.get(CONFIG_VARIABLE):
-        config = Path(environ[CONFIG_VARIABLE])
     fields = list(fields_of(cls))
-    table = _read_section(config, section, [field.name for field in fields])
-    _refuse_unknown_variables(environ, section, [field.name for field in fields])
+    names = [field.name for field in fields]
+    table = _read_table(_config_file(config, environ), section)
+    for name in table:
+        if name not in names:
+            raise SettingsError(f"--config: unknown key {name!r} in [{section}]; {_suggest(name, names)}")
+    _refuse_unknown_variables(environ, section, names)
     values: dict[str, object] = {}
     for field in fields:
         flag = (flags or {}).get(field.name)
@@ -140,6 +142,14 @@ def load_settings(
                 f"{variable(section, field.name)}, or write {field.name} into [{section}] of the --config file"
             )
     return cls(**values)
+
+
+def given_settings(section: str, config: Path | None, environ: Mapping[str, str] | None = None) -> frozenset[str]:
+    """The names that the environment and the file give values to in a section, known to it or not."""
+    environ = os.environ if environ is None else environ
+    prefix = variable(section, "")
+    in_environment = {name.removeprefix(prefix).lower() for name in environ if name.startswith(prefix)}
+    return frozenset(in_environment | _read_table(_config_file(config, environ), section).keys())
 
 
 def to_flags(cls: type, values: Mapping[str, object]) -> list[str]:
@@ -193,7 +203,11 @@ def _checked(field: Field, raw: object, key: str, convert: Any) -> object:
     return value
 
 
-def _read_section(config: Path | None, section: str, names: list[str]) -> dict[str, object]:
+def _config_file(config: Path | None, environ: Mapping[str, str]) -> Path | None:
+    return Path(environ[CONFIG_VARIABLE]) if config is None and environ.get(CONFIG_VARIABLE) else config
+
+
+def _read_table(config: Path | None, section: str) -> dict[str, object]:
     if config is None:
         return {}
     try:
@@ -207,9 +221,6 @@ def _read_section(config: Path | None, section: str, names: list[str]) -> dict[s
             allowed = ", ".join(f"[{known}]" for known in SECTIONS)
             raise SettingsError(f"--config {config}: unknown key {name!r} at the top; allowed: the tables {allowed}")
     table: dict[str, object] = document.get(section, {})
-    for name in table:
-        if name not in names:
-            raise SettingsError(f"--config {config}: unknown key {name!r} in [{section}]; {_suggest(name, names)}")
     return table
 
 

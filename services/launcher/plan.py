@@ -1,0 +1,126 @@
+"""What `specserve up` starts: the services, their addresses and their command lines."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.model_files import resolve_model
+from services.common.setting_values import to_text
+from services.common.settings import SettingsError, given_settings
+from services.launcher.readiness import grpc_probe, http_probe, redis_probe
+from services.launcher.redis_server import find_redis_server, redis_command, redis_url
+from services.launcher.settings import UpSettings
+from services.launcher.supervisor import Service
+
+LOOPBACK = "127.0.0.1"
+# Settings that every service has and `up` hands on, unless the service's own table or environment gives them.
+SHARED = ("log_level", "log_format", "drain_timeout_s")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """services: in the order of their start. url: of the HTTP API. model: the name that requests give."""
+
+    services: tuple[Service, ...]
+    url: str
+    model: str
+
+
+class Planner:
+    """Decides addresses; `folder` is the run's own folder."""
+
+    def __init__(
+        self, settings: UpSettings, config: Path | None, folder: Path, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._folder = folder
+        self._environ = environ
+
+    def plan(self) -> Plan:
+        """
+        Raises:
+            SettingsError: a port is taken, or a service's own settings give what `up` decides.
+            ModelFilesError: a model is not there.
+            NoRedisServer: none was given and there is none to start.
+        """
+        settings = self._settings
+        drafts = settings.speculator and bool(settings.ssm)
+        for model in (settings.llm, *(settings.ssm if drafts else ())):
+            resolve_model(model)
+        redis = settings.redis_url or redis_url(self._folder)
+        verifier = f"{LOOPBACK}:{_choose_port(LOOPBACK, settings.verifier_port, '--verifier-port')}"
+        speculator = f"{LOOPBACK}:{_choose_port(LOOPBACK, settings.speculator_port, '--speculator-port')}"
+        port = _choose_port(settings.host, settings.port, "--port")
+        services = [self._redis(redis)] if settings.redis_url is None else []
+        if drafts:
+            services.append(self._speculator(speculator))
+        services.append(self._verifier(verifier, speculator if drafts else None))
+        services.append(self._gateway(port, verifier, redis, needs=tuple(service.name for service in services)))
+        return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}", Path(settings.llm).name)
+
+    def _redis(self, url: str) -> Service:
+        return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url))
+
+    def _speculator(self, address: str) -> Service:
+        flags = [f"--ssm={ssm}" for ssm in self._settings.ssm]
+        decided = {"host": LOOPBACK, "port": _port_of(address)}
+        command = self._command("speculator", decided, flags, decided_lists=("ssm",))
+        return Service("speculator", command, grpc_probe(address), expendable=True)
+
+    def _verifier(self, address: str, speculator: str | None) -> Service:
+        flags = [] if speculator is None else [f"--speculator={speculator}"]
+        decided = {"host": LOOPBACK, "port": _port_of(address), "llm": self._settings.llm}
+        command = self._command("verifier", decided, flags, decided_lists=("speculator",))
+        return Service("verifier", command, grpc_probe(address), needs=("speculator",) if speculator else ())
+
+    def _gateway(self, port: int, verifier: str, redis: str, needs: tuple[str, ...]) -> Service:
+        settings = self._settings
+        decided = {
+            "host": settings.host,
+            "port": port,
+            "model": settings.llm,
+            "verifier": verifier,
+            "redis_url": redis,
+        }
+        probe = http_probe(f"http://{_reachable(settings.host)}:{port}/ready")
+        return Service("gateway", self._command("gateway", decided, []), probe, needs=needs)
+
+    def _command(
+        self, section: str, decided: Mapping[str, object], flags: list[str], decided_lists: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
+        given = given_settings(section, self._config, self._environ)
+        if clash := sorted(given & {*decided, *decided_lists}):
+            raise SettingsError(
+                f"{clash[0]} of [{section}] is decided by `specserve up`; remove it from the --config file and the "
+                "environment, and use the settings of [up]"
+            )
+        shared = {name: getattr(self._settings, name) for name in SHARED if name not in given}
+        arguments = [f"--{name.replace('_', '-')}={to_text(value)}" for name, value in {**decided, **shared}.items()]
+        config = [] if self._config is None else [f"--config={self._config}"]
+        return (sys.executable, "-m", f"services.{section}", *arguments, *flags, *config)
+
+
+def _choose_port(host: str, wanted: int, flag: str) -> int:
+    """`wanted` if it is free, or any free one for 0; the service that gets it binds it a moment later."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise SettingsError(f"{flag}: cannot listen on {host}:{wanted}: {error.strerror}; choose another") from None
+        return int(probe.getsockname()[1])
+
+
+def _port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
+def _reachable(host: str) -> str:
+    """The address that reaches a server on this machine that listens on `host`."""
+    return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

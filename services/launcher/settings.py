@@ -1,0 +1,37 @@
+"""What `specserve up` and `specserve complete` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.common.settings import setting
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpSettings:
+    """Starts Redis, speculator, verifier and gateway on this machine, and keeps them running until Ctrl-C.
+
+    Other settings of the services come from their own tables of the --config file, or from the environment.
+    """
+
+    llm: str = setting("Large model: a folder or a hub id.", default=str(MODELS / "default-llm"))
+    ssm: tuple[str, ...] = setting(
+        "Small model that drafts for it: a folder or a hub id; repeatable.", default=(str(MODELS / "default-ssm"),)
+    )
+    speculator: bool = setting("Draft with small models; without, the large model works alone.", default=True)
+    host: str = setting("Address that the HTTP API listens on.", default="127.0.0.1")
+    port: int = setting("Port of the HTTP API; 0 chooses a free one.", default=8000, minimum=0, maximum=65535)
+    verifier_port: int = setting("Port of the verifier; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
+    speculator_port: int = setting("Port of the speculator; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
+    redis_url: str | None = setting("A Redis server that runs already; without, one is started.", default=None)
+    threads: int | None = setting("Threads that a model computes with; default all cores.", default=None, minimum=1)
+    start_timeout_s: float = setting("Seconds that a service may take to start.", default=300.0, minimum=1)
+    drain_timeout_s: float = setting(
+        "Seconds that open requests may take to end after Ctrl-C.", default=30.0, minimum=0
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting("Least severe lines to log.", default="info")
+    log_format: Literal["console", "json"] = setting("Log lines for people or for machines.", default="console")

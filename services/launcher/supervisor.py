@@ -1,0 +1,188 @@
+"""Starts services in the order of their needs, restarts those that die, stops all of them in reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.launcher.processes import Child, Watchdog
+from services.launcher.readiness import Probe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A program to keep running.
+
+    probe: tells when it is usable.
+    needs: names of the services that must be usable before it starts.
+    expendable: the others work without it, so it is restarted for ever; any other service may die
+        Limits.restarts times within Limits.restart_window_s before everything is stopped.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    probe: Probe
+    needs: tuple[str, ...] = ()
+    expendable: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds, and restarts within restart_window_s. The n-th restart in a row waits backoff_s * 2^(n-1)."""
+
+    start_timeout_s: float = 120.0
+    stop_timeout_s: float = 35.0
+    poll_s: float = 0.1
+    backoff_s: float = 0.5
+    backoff_limit_s: float = 15.0
+    restarts: int = 5
+    restart_window_s: float = 120.0
+
+
+class ServiceFailed(Exception):
+    """A service that did not start or cannot be kept running.
+
+    tail: what it wrote last.
+    """
+
+    def __init__(self, name: str, reason: str, tail: Sequence[str]) -> None:
+        super().__init__(f"{name} {reason}")
+        self.name = name
+        self.tail = list(tail)
+
+
+class Progress:
+    """What the operator is told; the base class tells nothing."""
+
+    def waiting(self, name: str, missing: str) -> None:
+        """A service runs but is not usable yet."""
+
+    def ready(self, name: str, seconds: float) -> None:
+        """A service became usable this long after its start."""
+
+    def line(self, text: str) -> None:
+        """A service wrote a line."""
+
+
+class Supervisor:
+    """Knows processes and probes, nothing of what the services do."""
+
+    def __init__(
+        self,
+        services: Sequence[Service],
+        environment: Mapping[str, str],
+        keeper: Watchdog,
+        limits: Limits,
+        progress: Progress,
+    ) -> None:
+        self._services = services
+        self._environment = environment
+        self._keeper = keeper
+        self._limits = limits
+        self._progress = progress
+        self._children: dict[str, Child] = {}
+        self._usable = {service.name: asyncio.Event() for service in services}
+
+    async def start(self) -> None:
+        """Starts every service and waits until all are usable.
+
+        Raises:
+            ServiceFailed: one ended or did not become usable in time; the others keep running until stop().
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                for service in self._services:
+                    group.create_task(self._start_after_needs(service))
+        except* ServiceFailed as failures:
+            raise failures.exceptions[0] from None
+
+    async def supervise(self) -> None:
+        """Restarts what dies; runs until it is cancelled.
+
+        Raises:
+            ServiceFailed: a service that is not expendable died too often.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                for service in self._services:
+                    group.create_task(self._keep(service))
+        except* ServiceFailed as failures:
+            raise failures.exceptions[0] from None
+
+    async def stop(self) -> None:
+        """Drains and ends the services one after the other, the last of the list first."""
+        for service in reversed(self._services):
+            child = self._children.get(service.name)
+            if child is not None and child.running and not await child.stop(self._limits.stop_timeout_s):
+                log.warning("%s did not stop in time and was killed", service.name)
+
+    async def kill(self) -> None:
+        """Ends everything at once."""
+        await asyncio.gather(*(child.kill() for child in self._children.values()))
+
+    async def _start_after_needs(self, service: Service) -> None:
+        for need in service.needs:
+            await self._usable[need].wait()
+        await self._start(service)
+
+    async def _start(self, service: Service) -> None:
+        started = time.monotonic()
+        child = await self._spawn(service)
+        missing: str | None = "is starting"
+        while child.running and time.monotonic() - started < self._limits.start_timeout_s:
+            if (missing := await service.probe()) is None:
+                self._usable[service.name].set()
+                self._progress.ready(service.name, time.monotonic() - started)
+                return
+            self._progress.waiting(service.name, missing)
+            await asyncio.sleep(self._limits.poll_s)
+        if child.running:
+            await child.kill()
+            reason = f"was not ready within {self._limits.start_timeout_s:g} s ({missing})"
+        else:
+            code = await child.wait()
+            reason = f"ended at its start with {_describe(code)}" + (f": {child.tail[-1]}" if child.tail else "")
+        raise ServiceFailed(service.name, reason, child.tail)
+
+    async def _spawn(self, service: Service) -> Child:
+        spawning = asyncio.ensure_future(
+            Child.start(service.name, service.command, self._environment, self._keeper, self._progress.line)
+        )
+        try:
+            child = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # Also a process whose start was interrupted must be known to stop().
+            self._children[service.name] = await spawning
+            raise
+        self._children[service.name] = child
+        return child
+
+    async def _keep(self, service: Service) -> None:
+        deaths: collections.deque[float] = collections.deque()
+        while True:
+            child = self._children[service.name]
+            code = await child.wait()
+            now = time.monotonic()
+            deaths.append(now)
+            while deaths[0] < now - self._limits.restart_window_s:
+                deaths.popleft()
+            if len(deaths) > self._limits.restarts and not service.expendable:
+                reason = f"died {len(deaths)} times within {self._limits.restart_window_s:g} s"
+                raise ServiceFailed(service.name, f"{reason}, last with {_describe(code)}", child.tail)
+            delay = min(self._limits.backoff_s * 2 ** (len(deaths) - 1), self._limits.backoff_limit_s)
+            log.error("%s ended with %s; it is restarted", service.name, _describe(code), extra={"delay_s": delay})
+            await asyncio.sleep(delay)
+            try:
+                await self._start(service)
+            except ServiceFailed as failure:
+                log.error("%s", failure)  # its death is counted by the next turn
+
+
+def _describe(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {-code}"
