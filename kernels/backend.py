@@ -18,8 +18,13 @@ from kernels.blocks import (
     MlpWeights,
     TreeAttention,
 )
+from kernels.decoder_blocks import native as native_blocks
 from kernels.decoder_blocks import reference as torch_blocks
+from kernels.kv_compaction import native as native_compaction
 from kernels.kv_compaction import reference as torch_compaction
+from kernels.native import native_available, native_status
+from kernels.packed_linear.native import NativeLinear
+from kernels.tree_attention import native as native_attention
 from kernels.tree_attention import reference as torch_attention
 
 BackendName = Literal["native", "triton", "torch"]
@@ -73,10 +78,11 @@ def choose_backend(device: torch.device, requested: RequestedName = "auto") -> B
 def _choose_for_cpu(device: torch.device, requested: RequestedName) -> Backend:
     if requested == "triton":
         raise BackendUnavailable("triton does not run on the CPU; ask for native, torch or auto")
-    reason = "the native kernels are not there yet"
+    if native_available():
+        return _native_backend(native_status())
     if requested == "native":
-        raise BackendUnavailable(reason)
-    return _torch_backend(device, reason)
+        raise BackendUnavailable(native_status())
+    return _torch_backend(device, native_status())
 
 
 def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
@@ -88,6 +94,20 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
             raise BackendUnavailable(reason)
         return _torch_backend(device, reason)
     return _torch_backend(device, "the triton kernels are not there yet")
+
+
+def _native_backend(reason: str) -> Backend:
+    return Backend(
+        name="native",
+        reason=reason,
+        activation_dtype=lambda weight_dtype: torch.float32,
+        tree_attention=native_attention.tree_attention,
+        kv_compaction=native_compaction.kv_compaction,
+        rms_norm=native_blocks.rms_norm,
+        pack_linear=NativeLinear,
+        pack_attention=native_blocks.NativeAttentionBlock,
+        pack_mlp=native_blocks.NativeMlpBlock,
+    )
 
 
 def _torch_backend(device: torch.device, reason: str) -> Backend:

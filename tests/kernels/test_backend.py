@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -26,6 +28,34 @@ def test_packages_are_ours(package: str) -> None:
 def test_torch_can_be_asked_for() -> None:
     backend = choose_backend(torch.device("cpu"), "torch")
     assert (backend.name, backend.reason) == ("torch", "requested")
+
+
+def test_the_cpu_gets_the_native_kernels_when_they_are_built() -> None:
+    backend = choose_backend(torch.device("cpu"))
+    assert backend.name == "native"
+    assert backend.reason.startswith("loaded specserve-")
+
+
+def test_without_a_library_torch_runs_and_says_why(tmp_path: Path) -> None:
+    """In a fresh process, whose loader has not seen the real library."""
+    program = f"""
+import pathlib, torch, kernels.build
+kernels.build.BUILD = pathlib.Path({str(tmp_path)!r})
+from kernels.backend import BackendUnavailable, choose_backend
+from kernels.native import native_available
+assert not native_available()
+backend = choose_backend(torch.device("cpu"))
+print(backend.name, "|", backend.reason)
+try:
+    choose_backend(torch.device("cpu"), "native")
+except BackendUnavailable as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    reason = "the native kernels are not built for this CPU; run python -m kernels.build"
+    assert done.stdout.splitlines() == [f"torch | {reason}", reason]
 
 
 def test_what_cannot_run_is_refused() -> None:

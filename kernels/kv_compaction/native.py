@@ -1,0 +1,24 @@
+"""KV compaction on the CPU: gathers, then scatters, plane by plane."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.kv_compaction.reference import check_moves
+from kernels.native.library import load
+from kernels.native.structures import pointer
+
+
+def kv_compaction(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """See `kernels.blocks.KvCompaction`; any element type."""
+    check_moves(cache, sources, targets)
+    layers, two, slots, kv_heads, head_dim = cache.shape
+    load().specserve_kv_compaction(
+        pointer(cache),
+        layers * two,
+        slots,
+        kv_heads * head_dim * cache.element_size(),
+        pointer(sources),
+        pointer(targets),
+        sources.shape[0],
+    )

@@ -1,0 +1,109 @@
+"""Loading the native library and declaring what it offers. Nothing here compiles anything."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
+
+from kernels.build import library_path
+from kernels.native.structures import AttentionBatchStruct, AttentionLayerStruct, LinearStruct, MlpLayerStruct
+
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "specserve_set_threads": (None, [c_int32]),
+    "specserve_get_threads": (c_int32, []),
+    "specserve_packed_words": (c_int64, [c_int64, c_int64, c_int32]),
+    "specserve_pack_linear": (None, [c_void_p, c_int32, c_int64, c_int64, c_void_p]),
+    "specserve_packed_linear": (None, [POINTER(LinearStruct), c_void_p, c_int64, c_void_p]),
+    "specserve_rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
+    "specserve_tree_attention": (
+        None,
+        [
+            POINTER(AttentionBatchStruct),
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_int32,
+            c_int64,
+            c_int64,
+            c_int64,
+            c_float,
+            c_void_p,
+        ],
+    ),
+    "specserve_attention_block": (
+        None,
+        [
+            POINTER(AttentionLayerStruct),
+            POINTER(AttentionBatchStruct),
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_int32,
+            c_int32,
+            c_void_p,
+        ],
+    ),
+    "specserve_mlp_block": (None, [POINTER(MlpLayerStruct), c_void_p, c_int64, c_int32, c_void_p]),
+    "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
+}
+
+
+class NativeUnavailable(RuntimeError):
+    """The native kernels are not built for this machine; the message says what to do."""
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, loaded once, with as many threads as torch has at that time.
+
+    Raises:
+        NativeUnavailable: it is not built for this source and this CPU, or it cannot be loaded.
+    """
+    path = library_path()
+    if not path.exists():
+        raise NativeUnavailable("the native kernels are not built for this CPU; run python -m kernels.build")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path} cannot be loaded: {error}; run python -m kernels.build again") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+    library.specserve_set_threads(torch.get_num_threads())
+    return library
+
+
+def native_available() -> bool:
+    try:
+        load()
+    except NativeUnavailable:
+        return False
+    return True
+
+
+def native_status() -> str:
+    """The loaded library's path, or why there is none."""
+    try:
+        load()
+    except NativeUnavailable as error:
+        return str(error)
+    return f"loaded {library_path().name}"
+
+
+def set_num_threads(threads: int) -> None:
+    """Threads of every later call in this process, the caller included; they share one pool.
+
+    Raises:
+        ValueError: less than one.
+    """
+    if threads < 1:
+        raise ValueError(f"{threads} threads; at least 1 is needed")
+    load().specserve_set_threads(threads)
+
+
+def get_num_threads() -> int:
+    return int(load().specserve_get_threads())

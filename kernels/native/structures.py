@@ -1,0 +1,102 @@
+"""The C structures of the native library, field for field, and how tensors become pointers in them.
+
+A structure holds bare pointers: whoever makes one keeps the tensors alive beside it.
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
+
+import torch
+
+from kernels.blocks import AttentionBatch
+
+
+class LinearStruct(Structure):
+    """LinearWeights of packed_linear.h."""
+
+    _fields_ = (
+        ("packed", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("is_bfloat16", c_int32),
+    )
+
+
+class AttentionBatchStruct(Structure):
+    """AttentionBatch of tree_attention.h."""
+
+    _fields_ = (
+        ("block_tables", c_void_p),
+        ("max_blocks", c_int64),
+        ("block_size", c_int64),
+        ("row_sequences", c_void_p),
+        ("prefix_lengths", c_void_p),
+        ("masks", c_void_p),
+        ("words", c_int64),
+        ("slots", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rows", c_int64),
+    )
+
+
+class AttentionLayerStruct(Structure):
+    """AttentionLayer of decoder_blocks.h."""
+
+    _fields_ = (
+        ("qkv", LinearStruct),
+        ("output", LinearStruct),
+        ("norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("norm_eps", c_float),
+        ("scale", c_float),
+    )
+
+
+class MlpLayerStruct(Structure):
+    """MlpLayer of decoder_blocks.h."""
+
+    _fields_ = (
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
+        ("norm", c_void_p),
+        ("norm_eps", c_float),
+    )
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """The address of a tensor's data; None, C's null, for None.
+
+    Raises:
+        ValueError: the tensor is not on the CPU.
+    """
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a tensor is on {tensor.device}; the native kernels take tensors on the CPU")
+    return tensor.data_ptr()
+
+
+@lru_cache(maxsize=4)
+def batch_struct(batch: AttentionBatch) -> AttentionBatchStruct:
+    """One structure for all layers of a step. The cache keeps the last batches, and so their tensors, alive."""
+    return AttentionBatchStruct(
+        block_tables=pointer(batch.block_tables),
+        max_blocks=batch.block_tables.shape[1],
+        block_size=batch.block_size,
+        row_sequences=pointer(batch.row_sequences),
+        prefix_lengths=pointer(batch.prefix_lengths),
+        masks=pointer(batch.masks),
+        words=batch.masks.shape[1],
+        slots=pointer(batch.slots),
+        cos=pointer(batch.cos),
+        sin=pointer(batch.sin),
+        rows=batch.rows,
+    )

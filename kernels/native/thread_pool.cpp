@@ -1,0 +1,98 @@
+#include "thread_pool.h"
+
+#include <chrono>
+
+namespace specserve {
+namespace {
+
+// How long a worker looks for the next loop before it sleeps: longer than the gap between two calls of one step, far
+// shorter than a step, because another process may be waiting for the processor.
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kPausesBetweenClocks = 32;
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+// Calls `ready` until it is true or the spin is over; returns what it said last.
+template <class Ready>
+bool spin_until(const Ready& ready) {
+  const auto start = std::chrono::steady_clock::now();
+  do {
+    for (int i = 0; i < kPausesBetweenClocks; ++i) {
+      if (ready()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() - start < kSpin);
+  return ready();
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    const std::lock_guard<std::mutex> lock(sleep_mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(int items, Call call, const void* context) {
+  call_ = call;
+  context_ = context;
+  items_ = items;
+  unfinished_.store(items, std::memory_order_relaxed);
+  // Sequentially consistent, like the other side in wait_for_items: either a worker sees the items or it is seen asleep.
+  unclaimed_.store(items);
+  if (sleepers_.load() > 0) {
+    const std::lock_guard<std::mutex> lock(sleep_mutex_);
+    wake_.notify_all();
+  }
+  while (run_one_item()) {
+  }
+  const auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
+  while (!spin_until(finished)) std::this_thread::yield();
+}
+
+bool ThreadPool::run_one_item() {
+  int left = unclaimed_.load(std::memory_order_relaxed);
+  while (left > 0) {
+    if (unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+      // The loop cannot end before this item has, so call_, context_ and items_ are its own.
+      call_(context_, items_ - left);
+      unfinished_.fetch_sub(1, std::memory_order_release);
+      return true;
+    }
+  }
+  return false;
+}
+
+void ThreadPool::work() {
+  while (wait_for_items()) {
+    while (run_one_item()) {
+    }
+  }
+}
+
+// False when the pool is being destroyed.
+bool ThreadPool::wait_for_items() {
+  const auto ready = [this] { return unclaimed_.load() > 0 || stopping_.load(); };
+  if (!spin_until(ready)) {
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, ready);
+    sleepers_.fetch_sub(1);
+  }
+  return !stopping_.load();
+}
+
+}  // namespace specserve
