@@ -1,0 +1,36 @@
+"""What an operator can set of the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.common.settings import ServiceSettings, SettingsError, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(ServiceSettings):
+    """OpenAI's HTTP API in front of a verifier."""
+
+    host: str = setting("Address to listen on.", default="127.0.0.1")
+    port: int = setting("Port to listen on; 0 chooses a free one.", default=8000, minimum=0, maximum=65535)
+    model: str = setting("Folder or hub id of the model, for its tokenizer.")
+    verifier: str = setting("HOST:PORT of the verifier.", default="127.0.0.1:50051")
+    redis_url: str = setting("Redis for the request records.", default="redis://127.0.0.1:6379/0")
+    redis_timeout_s: float = setting("Seconds that Redis may take to answer.", default=1.0, minimum=0.01)
+    record_ttl_s: int = setting("Seconds that a request record is kept after its last write.", default=3600, minimum=1)
+    max_body_bytes: int = setting("Largest request body.", default=4 * 1024 * 1024, minimum=1)
+    max_choices: int = setting("Most choices of a request: prompts times n.", default=128, minimum=1)
+    max_stop_length: int = setting("Longest stop string, in characters.", default=1024, minimum=1)
+    request_timeout_s: float = setting("Seconds after which a request ends with an error.", default=600.0, minimum=0.1)
+    connect_timeout_s: float = setting("Seconds for a health check or the model facts.", default=2.0, minimum=0.1)
+    resume_timeout_s: float = setting(
+        "Seconds to wait for a lost verifier to come back, for each accepted request.", default=30.0, minimum=0
+    )
+    resume_attempts: int = setting("Most attempts to resume a generation after a loss.", default=20, minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.record_ttl_s < self.request_timeout_s:
+            raise SettingsError(
+                f"record_ttl_s is {self.record_ttl_s} and request_timeout_s {self.request_timeout_s:g}: a record must "
+                "outlive its request; raise record_ttl_s"
+            )
