@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from services.gateway.generation import (
     GenerationRequest,
@@ -78,6 +79,18 @@ class Verifier:
         """Whether the verifier's health check says that it takes requests."""
         return await self.client.serving(self._connect_timeout_s)
 
+    async def watch(self) -> NoReturn:
+        """Stay connected, and meet the verifier anew whenever it may be another one than before."""
+        while True:
+            await self.client.wait_connected()
+            try:
+                await self.meet()
+            except VerifierError as error:
+                log.error("verifier not usable", extra={"reason": str(error)})
+            await self.client.wait_disconnected()
+            log.warning("verifier disconnected", extra={"address": self.client.address})
+            self._facts = None
+
 
 class Generation:
     """One sequence on the verifier; goes on at another attempt when the verifier is lost in the middle.
@@ -102,12 +115,13 @@ class Generation:
         self._stream = self._verifier.client.generate(self._request, self._generated, self._time_left())
         await self._stream.admitted()
 
-    async def steps(self) -> AsyncIterator[Step]:
+    async def steps(self) -> AsyncGenerator[Step, None]:
         """The steps up to the one with a finish reason; `open` first."""
+        assert self._stream is not None, "open the generation first"
         while True:
             try:
-                async for step in self._attempt():
-                    yield step
+                async for step in self._stream.steps():
+                    yield self._keep(step)
                 return
             except VerifierUnavailable as error:
                 log.warning("verifier lost", extra={"reason": str(error), "tokens": len(self._generated)})
@@ -118,14 +132,13 @@ class Generation:
         if self._stream is not None:
             self._stream.cancel()
 
-    async def _attempt(self) -> AsyncIterator[Step]:
-        assert self._stream is not None, "open the generation first"
-        async for step in self._stream.steps():
-            self._generated += step.token_ids
-            self._steps = self._steps_before + step.llm_steps
-            if step.prompt_logprobs:
-                self._request = replace(self._request, prompt_logprobs=False)
-            yield replace(step, llm_steps=self._steps)
+    def _keep(self, step: Step) -> Step:
+        """Remember what a next attempt needs to know."""
+        self._generated += step.token_ids
+        self._steps = self._steps_before + step.llm_steps
+        if step.prompt_logprobs:
+            self._request = replace(self._request, prompt_logprobs=False)
+        return replace(step, llm_steps=self._steps)
 
     async def _resume(self, lost: VerifierError) -> None:
         """Open the sequence again within the policy's bounds, or raise the last reason why it could not be."""

@@ -55,6 +55,11 @@ class VerifierClient:
         """Return once the channel is connected; connects when it is idle. Without a bound: the caller sets one."""
         await self._channel.channel_ready()
 
+    async def wait_disconnected(self) -> None:
+        """Return once the channel is not connected."""
+        while (state := self._channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await self._channel.wait_for_state_change(state)
+
     async def model_facts(self, timeout_s: float) -> ModelFacts:
         """Facts of the model that the verifier serves."""
         try:
@@ -118,6 +123,7 @@ class GenerateStream:
             step = _step(response)
             yield step
             if step.finish_reason is not None:
+                await self._call.code()  # the call is over when its status is here
                 return
 
     def cancel(self) -> None:

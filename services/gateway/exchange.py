@@ -1,0 +1,257 @@
+"""One POST /v1/completions, from the body to the last byte sent. Knows HTTP, and nothing of tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Protocol
+
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from services.common.lifecycle import Draining
+from services.common.logs import request_id
+from services.gateway.choice import Delta
+from services.gateway.completions import Completion, Usage
+from services.gateway.errors import RETRY_AFTER_S, ApiError, from_verifier, invalid
+from services.gateway.gateway import Gateway
+from services.gateway.generation import VerifierError
+from services.gateway.plan import CompletionPlan, plan_completion
+from services.gateway.records import RecordsUnavailable, State
+from services.gateway.responses import DONE_EVENT, ResponseWriter, event, to_json
+from services.gateway.schemas import CompletionRequest
+
+log = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+async def read_body(request: Request, max_bytes: int) -> object:
+    """The decoded JSON body; reads no more than `max_bytes` of it. ApiError 413 or 400."""
+    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes; send less", code="body_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    try:
+        return from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid(f"the body is not JSON: {error}", code="invalid_json") from error
+
+
+class Reply(Protocol):
+    """How a completion is sent: at once or as it comes."""
+
+    async def start(self) -> None:
+        """The request is admitted."""
+
+    async def piece(self, index: int, delta: Delta) -> None:
+        """The next piece of a choice."""
+
+    async def finish(self, usage: Usage) -> None:
+        """All choices are complete."""
+
+    async def fail(self, error: ApiError) -> None:
+        """There is no more, for this reason."""
+
+
+class JsonReply:
+    """One JSON object at the end."""
+
+    def __init__(self, send: Send, writer: ResponseWriter, choices: int) -> None:
+        self._send = send
+        self._writer = writer
+        self._choices: list[list[Delta]] = [[] for _ in range(choices)]
+
+    async def start(self) -> None:
+        """Nothing is sent before the end."""
+
+    async def piece(self, index: int, delta: Delta) -> None:
+        self._choices[index].append(delta)
+
+    async def finish(self, usage: Usage) -> None:
+        await send_json(self._send, 200, self._writer.response(self._choices, usage))
+
+    async def fail(self, error: ApiError) -> None:
+        await send_error(self._send, error)
+
+
+class EventReply:
+    """Server-sent events, one choice in each; a failure in mid-stream is an event, too, and the last one."""
+
+    def __init__(self, send: Send, writer: ResponseWriter) -> None:
+        self._send = send
+        self._writer = writer
+        self._started = False
+
+    async def start(self) -> None:
+        self._started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [
+                    (b"content-type", b"text/event-stream; charset=utf-8"),
+                    (b"cache-control", b"no-cache"),
+                    (b"x-accel-buffering", b"no"),
+                ],
+            }
+        )
+
+    async def piece(self, index: int, delta: Delta) -> None:
+        if delta.text or delta.reports or delta.finish_reason is not None:
+            await self._send(_body(event(self._writer.chunk(index, delta)), more=True))
+
+    async def finish(self, usage: Usage) -> None:
+        tail = event(self._writer.usage_chunk(usage)) if self._writer.include_usage else b""
+        await self._send(_body(tail + DONE_EVENT))
+
+    async def fail(self, error: ApiError) -> None:
+        if self._started:
+            await self._send(_body(event(error.body())))
+        else:
+            await send_error(self._send, error)
+
+
+class CompletionResponse(Response):
+    """Serves one request in `__call__`; every way it can end is answered, recorded and counted here."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._arrived = time.monotonic()
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        metrics = self._gateway.metrics
+        status = 500
+        try:
+            with self._gateway.lifecycle.work(), metrics.open_requests.track_inprogress():
+                status = await self._serve(Request(scope, receive), send)
+        except Draining as error:
+            refusal = ApiError(503, str(error), code="shutting_down", retry_after_s=RETRY_AFTER_S)
+            status = refusal.status
+            await send_error(send, refusal)
+        finally:
+            metrics.requests.labels(str(status)).inc()
+
+    async def _serve(self, request: Request, send: Send) -> int:
+        """Answer the request; returns the status for the metrics, whatever the client saw of it."""
+        gateway = self._gateway
+        try:
+            body = CompletionRequest.parse(await read_body(request, gateway.settings.max_body_bytes))
+            plan = await plan_completion(body, await gateway.verifier.facts(), gateway.tokenizer, gateway.limits)
+            parameters = body.model_dump(mode="json", exclude={"prompt"}, exclude_defaults=True)
+            seeds = [sequence.sampling.seed for sequence in plan.sequences]
+            await gateway.records.create(plan.request_id, parameters, plan.prompts, seeds)
+        except (ApiError, VerifierError, RecordsUnavailable) as error:
+            refusal = _api_error(error)
+            await send_error(send, refusal)
+            return refusal.status
+        except ClientDisconnect:
+            return CLIENT_CLOSED_REQUEST
+        gateway.metrics.prompt_tokens.inc(plan.prompt_tokens)
+        with request_id(plan.request_id):
+            return await self._complete(plan, request.receive, send)
+
+    async def _complete(self, plan: CompletionPlan, receive: Receive, send: Send) -> int:
+        gateway = self._gateway
+        writer = ResponseWriter(plan, int(time.time()))
+        reply: Reply = EventReply(send, writer) if plan.request.stream else JsonReply(send, writer, len(plan.sequences))
+        deadline = asyncio.get_running_loop().time() + gateway.settings.request_timeout_s
+        completion = Completion(
+            plan,
+            gateway.tokenizer,
+            gateway.verifier,
+            gateway.records,
+            gateway.metrics,
+            arrived=self._arrived,
+            deadline=deadline,
+        )
+        failure: ApiError | None = None
+        state, status = State.FAILED, 500
+        try:
+            async with gateway.time_limit(deadline):
+                await _until_disconnect(receive, _run(completion, reply, gateway, plan.request_id))
+            state, status = State.FINISHED, 200
+        except ClientDisconnect:
+            state, status = State.CANCELLED, CLIENT_CLOSED_REQUEST
+        except (ApiError, VerifierError, TimeoutError) as error:
+            failure = _api_error(error) if not isinstance(error, TimeoutError) else gateway.time_is_over()
+            status = failure.status
+        finally:
+            completion.cancel()
+            await gateway.records.end(
+                plan.request_id,
+                len(plan.sequences),
+                state,
+                first_token=completion.first_token_at,
+                error=failure.message if failure else None,
+            )
+        if failure is not None:
+            log.warning("completion failed", extra={"status": status, "reason": failure.message})
+            await reply.fail(failure)
+        return status
+
+
+async def _run(completion: Completion, reply: Reply, gateway: Gateway, completion_id: str) -> None:
+    await completion.admit()
+    await gateway.records.running(completion_id)
+    await reply.start()
+    await completion.run(reply.piece)
+    await reply.finish(completion.usage)
+
+
+async def _until_disconnect(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Await the work, but raise ClientDisconnect and cancel it as soon as the client is gone."""
+    working = asyncio.create_task(work)
+    listening = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, listening), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        await working
+    finally:
+        for task in (working, listening):
+            task.cancel()
+        await asyncio.gather(working, listening, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _api_error(error: ApiError | VerifierError | RecordsUnavailable) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case VerifierError():
+            return from_verifier(error)
+        case RecordsUnavailable():
+            return ApiError(503, str(error), code="records_unavailable", retry_after_s=RETRY_AFTER_S)
+
+
+def _body(data: bytes, *, more: bool = False) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+async def send_json(send: Send, status: int, value: object, headers: dict[str, str] | None = None) -> None:
+    """Send a whole response."""
+    data = to_json(value)
+    fields = {"content-type": "application/json", "content-length": str(len(data))} | (headers or {})
+    encoded = [(name.encode(), text.encode()) for name, text in fields.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send(_body(data))
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    """Send an error as the whole response."""
+    await send_json(send, error.status, error.body(), dict(error.headers))

@@ -1,0 +1,61 @@
+"""What every request of a gateway process uses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from services.common.lifecycle import Lifecycle
+from services.gateway.errors import RETRY_AFTER_S, ApiError
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.plan import Limits
+from services.gateway.records import Records
+from services.gateway.settings import GatewaySettings
+from services.gateway.tokenizer import GatewayTokenizer
+from services.gateway.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The parts of a running gateway, and the time limits of its open requests."""
+
+    settings: GatewaySettings
+    tokenizer: GatewayTokenizer
+    verifier: Verifier
+    records: Records
+    metrics: GatewayMetrics
+    lifecycle: Lifecycle
+    started: int = field(default_factory=lambda: int(time.time()))
+    _limits: set[asyncio.Timeout] = field(default_factory=set)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.settings.max_choices, self.settings.max_stop_length)
+
+    @asynccontextmanager
+    async def time_limit(self, deadline: float) -> AsyncIterator[None]:
+        """TimeoutError at the deadline, or when the drain's time is over."""
+        async with asyncio.timeout_at(deadline) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.discard(limit)
+
+    def end_open_requests(self) -> None:
+        """The drain's time is over: every request that is still open ends with an error."""
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(now)
+
+    def time_is_over(self) -> ApiError:
+        """Why a time limit ended a request."""
+        if self.lifecycle.draining:
+            return ApiError(
+                503, "the gateway is shutting down; try again", code="shutting_down", retry_after_s=RETRY_AFTER_S
+            )
+        return ApiError(504, f"the request took longer than {self.settings.request_timeout_s:g} s", code="timeout")

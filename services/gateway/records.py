@@ -1,0 +1,249 @@
+"""The request's record in Redis: the only state of a request outside the process that serves it.
+
+Keys, all with the TTL of the settings, renewed by every write:
+
+    specserve:request:{id}                  hash
+        state         queued | running | finished | failed | cancelled
+        owner         the gateway process that serves the request
+        parameters    JSON: the request's fields but the prompt
+        prompts       JSON: token ids of each prompt
+        seeds         JSON: the seed of each choice
+        created, first_token, ended    Unix times in seconds; the later ones are absent until then
+        error         why it failed
+        tokens_lost   1 when Redis was away for so long that tokens are missing from the record
+    specserve:request:{id}:tokens:{choice}  string: uint32 little-endian, token i of the choice at byte 4 i
+
+A write of tokens names its place, so that repeating it after a timeout changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import cast
+
+import redis.asyncio
+from redis.asyncio.client import Pipeline
+from redis.asyncio.connection import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 16
+FLUSH_INTERVAL_S = 0.05
+# Between attempts to write while Redis is away.
+AWAY_INTERVAL_S = 1.0
+MAX_PENDING_TOKENS = 1 << 18
+
+
+Fields = dict[str | int | float | bytes | bytearray | memoryview, str | int | float | bytes | bytearray | memoryview]
+
+
+class State(StrEnum):
+    """Where a request stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class RecordsUnavailable(Exception):
+    """Redis cannot be reached or refuses the write."""
+
+
+def request_key(request_id: str) -> str:
+    """Key of a request's hash."""
+    return f"specserve:request:{request_id}"
+
+
+def tokens_key(request_id: str, choice: int) -> str:
+    """Key of a choice's tokens."""
+    return f"{request_key(request_id)}:tokens:{choice}"
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """The stored form of tokens."""
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def unpack_tokens(data: bytes) -> tuple[int, ...]:
+    """Inverse of pack_tokens."""
+    return struct.unpack(f"<{len(data) // 4}I", data)
+
+
+@dataclass
+class _Pending:
+    """Tokens of one choice that are not in Redis yet; `offset` tokens are."""
+
+    offset: int = 0
+    token_ids: list[int] = field(default_factory=list)
+
+
+class Records:
+    """All records that this process writes.
+
+    Creating a record is awaited and may fail: then the request is not accepted. Later writes never fail a request that
+    is under way: they are logged and counted through `on_error`. Tokens go out in the background, all requests in one
+    pipeline, at most every FLUSH_INTERVAL_S; while Redis is away up to MAX_PENDING_TOKENS wait for it.
+    """
+
+    def __init__(
+        self, url: str, *, owner: str, ttl_s: int, timeout_s: float, on_error: Callable[[], None] = lambda: None
+    ) -> None:
+        self.owner = owner
+        self._ttl_s = ttl_s
+        self._on_error = on_error
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1),  # for a connection that was closed while it was idle
+        )
+        self._redis = redis.asyncio.Redis.from_pool(pool)
+        self._away = False
+        self._pending: dict[tuple[str, int], _Pending] = {}
+        self._waiting_tokens = 0
+        self._losers: set[str] = set()
+        self._wake = asyncio.Event()
+        self._flusher = asyncio.create_task(self._flush_forever())
+
+    async def close(self) -> None:
+        """Write what is pending and disconnect."""
+        self._flusher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._flusher
+        await self._try(self._flush)
+        await self._redis.aclose()
+
+    async def ping(self) -> None:
+        """RecordsUnavailable unless Redis answers."""
+        try:
+            await self._redis.ping()
+        except (RedisError, OSError) as error:
+            raise RecordsUnavailable(f"Redis does not answer: {error}") from error
+
+    async def create(
+        self,
+        request_id: str,
+        parameters: Mapping[str, object],
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+    ) -> None:
+        """Write the record of a queued request; RecordsUnavailable when it cannot be written."""
+        fields: Fields = {
+            "state": State.QUEUED,
+            "owner": self.owner,
+            "parameters": json.dumps(parameters),
+            "prompts": json.dumps(prompts),
+            "seeds": json.dumps(seeds),
+            "created": time.time(),
+        }
+        try:
+            await self._write(request_id, fields)
+        except (RedisError, OSError) as error:
+            raise RecordsUnavailable(f"the request's record cannot be written to Redis: {error}") from error
+
+    async def running(self, request_id: str) -> None:
+        """The verifier has admitted the request."""
+        await self._try(lambda: self._write(request_id, {"state": State.RUNNING}))
+
+    def add_tokens(self, request_id: str, choice: int, token_ids: Sequence[int]) -> None:
+        """Append to a choice's tokens, soon."""
+        pending = self._pending.setdefault((request_id, choice), _Pending())
+        pending.token_ids += token_ids
+        self._waiting_tokens += len(token_ids)
+        self._wake.set()
+
+    async def end(
+        self, request_id: str, choices: int, state: State, *, first_token: float | None, error: str | None = None
+    ) -> None:
+        """Write the last state, behind all tokens; `first_token` is its Unix time."""
+        fields: Fields = {"state": state, "ended": time.time()}
+        if first_token is not None:
+            fields["first_token"] = first_token
+        if error is not None:
+            fields["error"] = error
+        if request_id in self._losers:
+            fields["tokens_lost"] = 1
+        await self._try(lambda: self._write(request_id, fields, choices))
+        for choice in range(choices):
+            left = self._pending.pop((request_id, choice), _Pending())
+            self._waiting_tokens -= len(left.token_ids)
+        self._losers.discard(request_id)
+
+    async def _write(self, request_id: str, fields: Fields, choices: int = 0) -> None:
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            for choice in range(choices):
+                self._add_pending(pipeline, request_id, choice)
+            pipeline.hset(request_key(request_id), mapping=fields)
+            pipeline.expire(request_key(request_id), self._ttl_s)
+            await pipeline.execute()
+
+    def _add_pending(self, pipeline: Pipeline, request_id: str, choice: int) -> int:
+        """Put a choice's pending tokens into the pipeline; returns how many."""
+        pending = self._pending.get((request_id, choice))
+        if pending is None or not pending.token_ids:
+            return 0
+        key = tokens_key(request_id, choice)
+        pipeline.setrange(key, 4 * pending.offset, cast(str, pack_tokens(pending.token_ids)))
+        pipeline.expire(key, self._ttl_s)
+        return len(pending.token_ids)
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._try(self._flush)
+            if self._waiting_tokens > MAX_PENDING_TOKENS:
+                self._drop_pending()
+            if self._waiting_tokens:
+                self._wake.set()
+            await asyncio.sleep(AWAY_INTERVAL_S if self._away else FLUSH_INTERVAL_S)
+
+    async def _flush(self) -> None:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            sent = {key: self._add_pending(pipeline, *key) for key in self._pending}
+            for request_id in {request_id for request_id, _ in sent}:
+                pipeline.expire(request_key(request_id), self._ttl_s)
+            await pipeline.execute()
+        for key, count in sent.items():
+            if pending := self._pending.get(key):  # unless the request ended meanwhile
+                del pending.token_ids[:count]
+                pending.offset += count
+                self._waiting_tokens -= count
+
+    def _drop_pending(self) -> None:
+        """Forget tokens that cannot be written; their places stay empty and their records say so."""
+        log.error("tokens dropped from request records", extra={"tokens": self._waiting_tokens})
+        for (request_id, _), pending in self._pending.items():
+            if pending.token_ids:
+                self._losers.add(request_id)
+            pending.offset += len(pending.token_ids)
+            pending.token_ids.clear()
+        self._waiting_tokens = 0
+
+    async def _try(self, write: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await write()
+        except (RedisError, OSError) as error:
+            self._on_error()
+            if not self._away:
+                log.error("Redis is away; requests go on, their records stand still", extra={"reason": str(error)})
+            self._away = True
+        else:
+            if self._away:
+                log.info("Redis is back")
+            self._away = False

@@ -1,0 +1,125 @@
+"""The gateway as a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from services.common.lifecycle import Lifecycle, StartupError
+from services.common.model_files import resolve_model, tokenizer_hash
+from services.gateway.app import create_app
+from services.gateway.gateway import Gateway
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.records import Records
+from services.gateway.settings import GatewaySettings
+from services.gateway.tokenizer import GatewayTokenizer
+from services.gateway.verifier import ResumePolicy, Verifier
+from services.gateway.wire import VerifierClient
+
+log = logging.getLogger(__name__)
+
+# After the drain's time, for the errors of the last requests to reach their clients.
+STOP_GRACE_S = 2
+BACKLOG = 2048
+
+
+@asynccontextmanager
+async def serve(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
+    """Serve HTTP inside the context; what is open when it ends gets an error. StartupError."""
+    listener = _listen(settings.host, settings.port)
+    async with _gateway(settings, lifecycle) as gateway, _http(create_app(gateway), listener, lifecycle):
+        log.info("listening", extra={"url": url_of(listener)})
+        yield
+        gateway.end_open_requests()
+
+
+@asynccontextmanager
+async def _gateway(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterator[Gateway]:
+    """The parts of a gateway; the verifier and Redis need not be there yet."""
+    folder = resolve_model(settings.model)
+    try:
+        tokenizer = GatewayTokenizer.from_folder(folder)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+    metrics = GatewayMetrics(lifecycle.registry)
+    verifier = Verifier(
+        VerifierClient(settings.verifier),
+        tokenizer_hash(folder),
+        settings.connect_timeout_s,
+        ResumePolicy(settings.resume_timeout_s, settings.resume_attempts),
+        on_retry=metrics.retries.inc,
+    )
+    records = Records(
+        settings.redis_url,
+        owner=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
+        ttl_s=settings.record_ttl_s,
+        timeout_s=settings.redis_timeout_s,
+        on_error=metrics.record_errors.inc,
+    )
+    watch = asyncio.create_task(verifier.watch())
+    try:
+        yield Gateway(settings, tokenizer, verifier, records, metrics, lifecycle)
+    finally:
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+        await verifier.client.close()
+        await records.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the lifecycle has them."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def _http(app: FastAPI, listener: socket.socket, lifecycle: Lifecycle) -> AsyncIterator[None]:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=STOP_GRACE_S,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+    serving.add_done_callback(lambda task: _report_crash(task, lifecycle))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def _report_crash(serving: asyncio.Task[None], lifecycle: Lifecycle) -> None:
+    if not serving.cancelled() and (error := serving.exception()) is not None:
+        lifecycle.fail(error)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """The base URL of what listens there."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
