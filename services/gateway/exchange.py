@@ -148,7 +148,7 @@ class CompletionResponse(Response):
         try:
             body = CompletionRequest.parse(await read_body(request, gateway.settings.max_body_bytes))
             plan = await plan_completion(body, await gateway.verifier.facts(), gateway.tokenizer, gateway.limits)
-            parameters = body.model_dump(mode="json", exclude={"prompt"}, exclude_defaults=True)
+            parameters = body.model_dump(exclude={"prompt"}, exclude_defaults=True)
             seeds = [sequence.sampling.seed for sequence in plan.sequences]
             await gateway.records.create(plan.request_id, parameters, plan.prompts, seeds)
         except (ApiError, VerifierError, RecordsUnavailable) as error:

@@ -56,8 +56,6 @@ class RunningGateway:
         self.script.reply = lambda request: tokens
 
 
-
-
 @contextmanager
 def in_thread(context: Callable[[], Any]) -> Iterator[tuple[Any, asyncio.AbstractEventLoop]]:
     """Enter an async context in an event loop of its own thread; yields what it yields and the loop."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -25,7 +27,7 @@ def test_every_split_gives_the_same_text(text: str, stops: list[str], cuts: list
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     matcher = StopStrings(stops)
     shown = ""
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         if not matcher.stopped:
             shown += matcher.push(text[start:end])
     stopped = matcher.stopped
