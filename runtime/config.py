@@ -35,10 +35,10 @@ class RopeScaling:
 class ModelConfig:
     """Shape of a decoder of the Llama family.
 
-    attention_bias: whether query, key and value projections have biases. output_bias: whether the output projection has.
+    attention_bias: biases of the query, key and value projections. output_bias: bias of the output projection.
     head_norm: RMS norm of every query and key head (Qwen3).
-    context_length: tokens of the longest sequence; a sliding window shortens it, since the window is not implemented and
-        up to its length makes no difference.
+    context_length: tokens of the longest sequence; a sliding window shortens it: up to its length it makes no
+        difference, and beyond it is not implemented.
     """
 
     family: str

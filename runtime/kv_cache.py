@@ -92,7 +92,7 @@ def blocks_from_memory(
         CacheFull: less memory is free than one sequence of full context needs.
     """
     block_bytes = config.kv_entry_numel * BLOCK_SIZE * dtype.itemsize
-    longest = -(-(config.context_length + SCRATCH_ENTRIES) // BLOCK_SIZE)
+    longest = longest_sequence_blocks(config)
     affordable = int(free_memory(device) * fraction) // block_bytes
     if affordable < longest:
         raise CacheFull(
@@ -101,6 +101,11 @@ def blocks_from_memory(
             "free memory, raise the fraction or shorten the context"
         )
     return min(affordable, max_sequences * longest)
+
+
+def longest_sequence_blocks(config: ModelConfig) -> int:
+    """Blocks of a sequence of full context and its largest tree."""
+    return -(-(config.context_length + SCRATCH_ENTRIES) // BLOCK_SIZE)
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from kernels.backend import Backend, RequestedName, choose_backend
 from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
 from runtime.batch import FlatBatch
 from runtime.config import ModelConfig, inverse_frequencies, read_config
-from runtime.kv_cache import BLOCK_SIZE, KVCache, blocks_from_memory
+from runtime.kv_cache import BLOCK_SIZE, CacheFull, KVCache, blocks_from_memory, longest_sequence_blocks
 from runtime.weights import Checkpoint, LayerWeights, ModelWeights, load_weights, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,9 +74,19 @@ class Transformer:
             weights = load_weights(checkpoint, config, device, dtype)
             return cls(config, weights, choose_backend(device, options.kernels), device)
 
-    def new_cache(self, memory_fraction: float, max_sequences: int) -> KVCache:
-        """A KV cache within `memory_fraction` of the free memory, and no larger than `max_sequences` can use."""
-        blocks = blocks_from_memory(self.config, self.device, self.activation_dtype, memory_fraction, max_sequences)
+    def new_cache(self, memory_fraction: float, max_sequences: int, blocks: int = 0) -> KVCache:
+        """A KV cache of `blocks` blocks, or, when that is 0, of what fits into `memory_fraction` of the free memory and
+        `max_sequences` can use.
+
+        Raises:
+            CacheFull: too small for one sequence of full context and its largest tree.
+        """
+        if not blocks:
+            blocks = blocks_from_memory(self.config, self.device, self.activation_dtype, memory_fraction, max_sequences)
+        elif blocks < (smallest := longest_sequence_blocks(self.config)):
+            raise CacheFull(
+                f"{blocks} KV blocks are too few for one sequence of full context; give at least {smallest}"
+            )
         return KVCache(self.config, blocks, self.device, self.activation_dtype)
 
     @torch.inference_mode()

@@ -71,8 +71,7 @@ def write_model(
 ) -> Path:
     """Write a random model with its tokenizer; return the folder.
 
-    `scale` widens the logits: 1 is nearly uniform; random models of scale 3 make up their minds, so that greedy decoding
-    has no near-ties.
+    `scale` widens the logits.
     """
     options = {
         "vocab_size": VOCAB,
@@ -108,3 +107,17 @@ def hugging_face_greedy(folder: Path, prompt: list[int], new_tokens: int) -> lis
     )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
+
+
+def write_relative(folder: Path, llm: Path, noise: float, seed: int = 1) -> Path:
+    """Write a model whose guesses often are the LLM's: the LLM with `noise` times each weight's own spread added."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = parameter.std() if parameter.numel() > 1 else 0.0
+            parameter.add_(noise * spread * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((llm / name).read_bytes())
+    return folder

@@ -35,9 +35,17 @@ class LoadedModel:
 
     @classmethod
     def load(
-        cls, folder_or_id: str, options: LoadOptions, kv_memory: float, max_sequences: int, name: str = ""
+        cls,
+        folder_or_id: str,
+        options: LoadOptions,
+        kv_memory: float,
+        max_sequences: int,
+        kv_blocks: int = 0,
+        name: str = "",
     ) -> LoadedModel:
         """Load a folder or hub id; the cache takes `kv_memory` of the free memory, at most what max_sequences can use.
+
+        kv_blocks: size of the cache in blocks instead; 0 for the above. name: empty for the folder's name or the hub id.
 
         Raises:
             StartupError: one line that says why the model cannot be served.
@@ -45,7 +53,7 @@ class LoadedModel:
         try:
             folder = resolve_model(folder_or_id)
             model = Transformer.load(folder, options)
-            cache = model.new_cache(kv_memory, max_sequences)
+            cache = model.new_cache(kv_memory, max_sequences, kv_blocks)
         except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
             raise StartupError(str(error)) from None
         return cls(model, cache, _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder)))

@@ -13,9 +13,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from speculation.acceptance import Accepted, accept, accept_chosen, resolve_rule
-from speculation.logits import LogitsPipeline
-from speculation.merge import MergedDraft
 
 from services.verifier.drafts import DraftCollector
 from services.verifier.logprobs import gather_logprobs
@@ -24,6 +21,9 @@ from services.verifier.request import GenerationRequest, QueueFull, Sink, StepOu
 from services.verifier.runner import Runner, StepLogits
 from services.verifier.scheduler import Scheduler, SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
+from speculation.acceptance import Accepted, accept, accept_chosen, resolve_rule
+from speculation.logits import LogitsPipeline
+from speculation.merge import MergedDraft
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ class Engine:
         metrics.observe_step(rows, finished - drafted)
         metrics.running.set(len(scheduler.running))
         metrics.waiting.set(len(scheduler.waiting))
+        metrics.preemptions.inc(scheduler.take_preemptions())
         metrics.kv_free_blocks.set(scheduler.cache.free_blocks)
 
     def _end(self, sequence: RunningSequence, outcome: str) -> None:

@@ -53,11 +53,16 @@ class Scheduler:
         self.context_length = context_length
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.preemptions = 0
+        self._preemptions = 0
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    def take_preemptions(self) -> int:
+        """How many sequences had to give their KV back since the last call."""
+        count, self._preemptions = self._preemptions, 0
+        return count
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -132,7 +137,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.cache.release(sequence.cache)
         self.waiting.appendleft(sequence)
-        self.preemptions += 1
+        self._preemptions += 1
 
 
 def _rows_of(plan: SequencePlan) -> int:

@@ -82,7 +82,13 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterat
     use_threads(settings.threads)
     options = LoadOptions(settings.device, settings.dtype, settings.kernels)
     loaded = await asyncio.to_thread(
-        LoadedModel.load, settings.llm, options, settings.kv_memory, settings.max_sequences, settings.model_name
+        LoadedModel.load,
+        settings.llm,
+        options,
+        settings.kv_memory,
+        settings.max_sequences,
+        settings.kv_blocks,
+        settings.model_name,
     )
     facts = loaded.facts
     because = loaded.model.backend.reason

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from speculation.acceptance import AcceptanceRule
-
 from services.common.settings import ServiceSettings, SettingsError, setting
+from speculation.acceptance import AcceptanceRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,9 @@ class VerifierSettings(ServiceSettings):
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
     threads: int = setting("CPU threads of the model; 0: all cores.", default=0, minimum=0)
     kv_memory: float = setting("Fraction of the free memory for the KV cache.", default=0.5, minimum=0.01, maximum=0.95)
+    kv_blocks: int = setting(
+        "Blocks of 16 tokens of the KV cache; 0: as many as kv_memory holds.", default=0, minimum=0
+    )
     max_sequences: int = setting("Sequences in one step.", default=32, minimum=1)
     max_waiting: int = setting("Sequences that may wait; more get RESOURCE_EXHAUSTED.", default=256, minimum=1)
     max_step_rows: int = setting("Rows of one step, prompt chunks and trees together.", default=512, minimum=2)

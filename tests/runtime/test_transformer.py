@@ -1,4 +1,4 @@
-"""The runtime against Hugging Face's own models: logits of chains, of trees, of chunks, and what must not change them."""
+"""The runtime against Hugging Face's own models: logits of chains, chunks and trees, and what must not change them."""
 
 from __future__ import annotations
 
