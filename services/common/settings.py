@@ -152,25 +152,17 @@ def given_settings(section: str, config: Path | None, environ: Mapping[str, str]
     return frozenset(in_environment | _read_table(_config_file(config, environ), section).keys())
 
 
-def to_flags(cls: type, values: Mapping[str, object]) -> list[str]:
-    """Command-line arguments that give these fields these values; fields that are None are left out.
-
-    Raises:
-        SettingsError: a name that cls does not define.
-    """
-    known = {field.name: field for field in fields_of(cls)}
+def to_flags(values: Mapping[str, object]) -> list[str]:
+    """Command-line arguments that give these fields these values; fields that are None are left out."""
     arguments: list[str] = []
     for name, value in values.items():
-        if name not in known:
-            raise SettingsError(f"{cls.__name__} has no setting {name!r}; it has {', '.join(known)}")
-        field = known[name]
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            arguments.append(field.flag if value else f"--no-{field.flag[2:]}")
-        elif isinstance(value, tuple | list):
-            for element in value:
-                arguments += [field.flag, to_text(element)]
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            arguments += [f"--{flag}={to_text(element)}" for element in value]
         elif value is not None:
-            arguments += [field.flag, to_text(value)]
+            arguments.append(f"--{flag}={to_text(value)}")
     return arguments
 
 

@@ -1,8 +1,7 @@
-"""The environment of the children: how many threads they compute with, and how long an idle thread spins."""
+"""The environment of the children: how long an idle thread spins."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 # Verifier and speculator take turns on the same cores. An OpenMP thread that spins between two operations of its own
@@ -11,12 +10,6 @@ from collections.abc import Mapping
 SPIN_COUNT = 20_000
 
 
-def available_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def child_environment(inherited: Mapping[str, str], threads: int) -> dict[str, str]:
-    """`inherited`, with the OpenMP settings that it does not give itself."""
-    ours = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": str(SPIN_COUNT), "PYTHONUNBUFFERED": "1"}
-    return ours | dict(inherited)
+def child_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """`inherited`, and a bounded OpenMP spin unless it gives one itself."""
+    return {"GOMP_SPINCOUNT": str(SPIN_COUNT), "PYTHONUNBUFFERED": "1"} | dict(inherited)

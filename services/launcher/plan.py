@@ -5,25 +5,26 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.model_files import resolve_model
-from services.common.setting_values import to_text
-from services.common.settings import SettingsError, given_settings
+from services.common.settings import SettingsError, given_settings, to_flags
 from services.launcher.readiness import grpc_probe, http_probe, redis_probe
 from services.launcher.redis_server import find_redis_server, redis_command, redis_url
 from services.launcher.settings import UpSettings
 from services.launcher.supervisor import Service
 
 LOOPBACK = "127.0.0.1"
-# Settings that every service has and `up` hands on, unless the service's own table or environment gives them.
+# Settings that `up` hands on to a service, unless the service's own table or environment gives them.
 SHARED = ("log_level", "log_format", "drain_timeout_s")
+SHARED_BY_MODELS = (*SHARED, "threads")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """services: in the order of their start. url: of the HTTP API. model: the name that requests give."""
+    """services: what works without the others first. url: of the HTTP API. model: the name that requests give."""
 
     services: tuple[Service, ...]
     url: str
@@ -53,32 +54,35 @@ class Planner:
         for model in (settings.llm, *(settings.ssm if drafts else ())):
             resolve_model(model)
         redis = settings.redis_url or redis_url(self._folder)
-        verifier = f"{LOOPBACK}:{_choose_port(LOOPBACK, settings.verifier_port, '--verifier-port')}"
-        speculator = f"{LOOPBACK}:{_choose_port(LOOPBACK, settings.speculator_port, '--speculator-port')}"
-        port = _choose_port(settings.host, settings.port, "--port")
+        with ExitStack() as held:
+            verifier = f"{LOOPBACK}:{_hold_port(held, LOOPBACK, settings.verifier_port, '--verifier-port')}"
+            speculator = f"{LOOPBACK}:{_hold_port(held, LOOPBACK, settings.speculator_port, '--speculator-port')}"
+            port = _hold_port(held, settings.host, settings.port, "--port")
         services = [self._redis(redis)] if settings.redis_url is None else []
         if drafts:
             services.append(self._speculator(speculator))
-        services.append(self._verifier(verifier, speculator if drafts else None))
-        services.append(self._gateway(port, verifier, redis, needs=tuple(service.name for service in services)))
+        services.append(self._verifier(verifier, (speculator,) if drafts else ()))
+        services.append(self._gateway(port, verifier, redis))
         return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}", Path(settings.llm).name)
 
     def _redis(self, url: str) -> Service:
         return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url))
 
     def _speculator(self, address: str) -> Service:
-        flags = [f"--ssm={ssm}" for ssm in self._settings.ssm]
-        decided = {"host": LOOPBACK, "port": _port_of(address)}
-        command = self._command("speculator", decided, flags, decided_lists=("ssm",))
+        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.ssm}
+        command = self._command("speculator", decided, SHARED_BY_MODELS)
         return Service("speculator", command, grpc_probe(address), expendable=True)
 
-    def _verifier(self, address: str, speculator: str | None) -> Service:
-        flags = [] if speculator is None else [f"--speculator={speculator}"]
-        decided = {"host": LOOPBACK, "port": _port_of(address), "llm": self._settings.llm}
-        command = self._command("verifier", decided, flags, decided_lists=("speculator",))
-        return Service("verifier", command, grpc_probe(address), needs=("speculator",) if speculator else ())
+    def _verifier(self, address: str, speculators: tuple[str, ...]) -> Service:
+        decided = {
+            "host": LOOPBACK,
+            "port": _port_of(address),
+            "llm": self._settings.llm,
+            "speculator": speculators,
+        }
+        return Service("verifier", self._command("verifier", decided, SHARED_BY_MODELS), grpc_probe(address))
 
-    def _gateway(self, port: int, verifier: str, redis: str, needs: tuple[str, ...]) -> Service:
+    def _gateway(self, port: int, verifier: str, redis: str) -> Service:
         settings = self._settings
         decided = {
             "host": settings.host,
@@ -88,33 +92,29 @@ class Planner:
             "redis_url": redis,
         }
         probe = http_probe(f"http://{_reachable(settings.host)}:{port}/ready")
-        return Service("gateway", self._command("gateway", decided, []), probe, needs=needs)
+        return Service("gateway", self._command("gateway", decided, SHARED), probe)
 
-    def _command(
-        self, section: str, decided: Mapping[str, object], flags: list[str], decided_lists: tuple[str, ...] = ()
-    ) -> tuple[str, ...]:
+    def _command(self, section: str, decided: Mapping[str, object], shared: tuple[str, ...]) -> tuple[str, ...]:
         given = given_settings(section, self._config, self._environ)
-        if clash := sorted(given & {*decided, *decided_lists}):
+        if clash := sorted(given & decided.keys()):
             raise SettingsError(
                 f"{clash[0]} of [{section}] is decided by `specserve up`; remove it from the --config file and the "
                 "environment, and use the settings of [up]"
             )
-        shared = {name: getattr(self._settings, name) for name in SHARED if name not in given}
-        arguments = [f"--{name.replace('_', '-')}={to_text(value)}" for name, value in {**decided, **shared}.items()]
-        config = [] if self._config is None else [f"--config={self._config}"]
-        return (sys.executable, "-m", f"services.{section}", *arguments, *flags, *config)
+        values = dict(decided) | {name: getattr(self._settings, name) for name in shared if name not in given}
+        config = [] if self._config is None else ["--config", str(self._config)]
+        return (sys.executable, "-m", f"services.{section}", *to_flags(values), *config)
 
 
-def _choose_port(host: str, wanted: int, flag: str) -> int:
-    """`wanted` if it is free, or any free one for 0; the service that gets it binds it a moment later."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, wanted))
-        except OSError as error:
-            raise SettingsError(f"{flag}: cannot listen on {host}:{wanted}: {error.strerror}; choose another") from None
-        return int(probe.getsockname()[1])
+def _hold_port(held: ExitStack, host: str, wanted: int, flag: str) -> int:
+    """`wanted` if it is free, or any free one for 0; kept from others until `held` closes, when its service binds it."""
+    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, wanted))
+    except OSError as error:
+        raise SettingsError(f"{flag}: cannot listen on {host}:{wanted}: {error.strerror}; choose another") from None
+    return int(probe.getsockname()[1])
 
 
 def _port_of(address: str) -> int:

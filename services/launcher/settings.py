@@ -13,7 +13,7 @@ MODELS = Path(__file__).resolve().parents[2] / "models"
 
 @dataclass(frozen=True, kw_only=True)
 class UpSettings:
-    """Starts Redis, speculator, verifier and gateway on this machine, and keeps them running until Ctrl-C.
+    """Starts Redis, speculator, verifier and gateway here, until Ctrl-C.
 
     Other settings of the services come from their own tables of the --config file, or from the environment.
     """
@@ -28,7 +28,7 @@ class UpSettings:
     verifier_port: int = setting("Port of the verifier; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
     speculator_port: int = setting("Port of the speculator; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
     redis_url: str | None = setting("A Redis server that runs already; without, one is started.", default=None)
-    threads: int | None = setting("Threads that a model computes with; default all cores.", default=None, minimum=1)
+    threads: int = setting("CPU threads of each model; 0: all cores.", default=0, minimum=0)
     start_timeout_s: float = setting("Seconds that a service may take to start.", default=300.0, minimum=1)
     drain_timeout_s: float = setting(
         "Seconds that open requests may take to end after Ctrl-C.", default=30.0, minimum=0

@@ -1,4 +1,4 @@
-"""Starts services in the order of their needs, restarts those that die, stops all of them in reverse order."""
+"""Starts services, restarts those that die, stops all of them one after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class Service:
     """A program to keep running.
 
     probe: tells when it is usable.
-    needs: names of the services that must be usable before it starts.
     expendable: the others work without it, so it is restarted for ever; any other service may die
         Limits.restarts times within Limits.restart_window_s before everything is stopped.
     """
@@ -28,7 +27,6 @@ class Service:
     name: str
     command: tuple[str, ...]
     probe: Probe
-    needs: tuple[str, ...] = ()
     expendable: bool = False
 
 
@@ -87,10 +85,9 @@ class Supervisor:
         self._limits = limits
         self._progress = progress
         self._children: dict[str, Child] = {}
-        self._usable = {service.name: asyncio.Event() for service in services}
 
     async def start(self) -> None:
-        """Starts every service and waits until all are usable.
+        """Starts all services at once and waits until all are usable.
 
         Raises:
             ServiceFailed: one ended or did not become usable in time; the others keep running until stop().
@@ -98,7 +95,7 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 for service in self._services:
-                    group.create_task(self._start_after_needs(service))
+                    group.create_task(self._start(service))
         except* ServiceFailed as failures:
             raise failures.exceptions[0] from None
 
@@ -126,18 +123,12 @@ class Supervisor:
         """Ends everything at once."""
         await asyncio.gather(*(child.kill() for child in self._children.values()))
 
-    async def _start_after_needs(self, service: Service) -> None:
-        for need in service.needs:
-            await self._usable[need].wait()
-        await self._start(service)
-
     async def _start(self, service: Service) -> None:
         started = time.monotonic()
         child = await self._spawn(service)
         missing: str | None = "is starting"
         while child.running and time.monotonic() - started < self._limits.start_timeout_s:
             if (missing := await service.probe()) is None:
-                self._usable[service.name].set()
                 self._progress.ready(service.name, time.monotonic() - started)
                 return
             self._progress.waiting(service.name, missing)

@@ -18,7 +18,7 @@ from rich.status import Status
 from services.common.logs import configure_logs
 from services.common.model_files import ModelFilesError
 from services.common.settings import SettingsError
-from services.launcher.environment import available_cores, child_environment
+from services.launcher.environment import child_environment
 from services.launcher.plan import Plan, Planner
 from services.launcher.processes import Watchdog
 from services.launcher.redis_server import NoRedisServer
@@ -59,8 +59,7 @@ def up(settings: UpSettings, config: Path | None) -> int:
         limits = Limits(
             start_timeout_s=settings.start_timeout_s, stop_timeout_s=settings.drain_timeout_s + STOP_MARGIN_S
         )
-        environment = child_environment(os.environ, settings.threads or available_cores())
-        return asyncio.run(run(plan, environment, limits, Path(folder), console))
+        return asyncio.run(run(plan, child_environment(os.environ), limits, Path(folder), console))
 
 
 async def run(plan: Plan, environment: dict[str, str], limits: Limits, folder: Path, console: Console) -> int:

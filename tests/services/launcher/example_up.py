@@ -40,7 +40,6 @@ def main() -> int:
                 name,
                 (sys.executable, "-I", "-S", example_child.__file__, *arguments),
                 http_probe(f"http://127.0.0.1:{port}/ready"),
-                needs=tuple(service.name for service in services),
                 expendable=name == "drafter",
             )
         )

@@ -104,10 +104,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
         time.sleep(0.02)
 
 
-def test_starts_in_order_and_ctrl_c_drains_in_reverse_order(launch: Launch) -> None:
+def test_all_start_and_ctrl_c_drains_the_last_first(launch: Launch) -> None:
     run = launch(front=["--drain-s", "0.3"])
     run.wait_ready()
-    assert run.events("started") == list(CHILDREN)
+    assert sorted(run.events("started")) == sorted(CHILDREN)
     run.process.send_signal(signal.SIGINT)
     code, _ = run.end()
     assert code == 0
@@ -121,8 +121,7 @@ def test_a_child_that_fails_at_its_start_stops_all_with_its_last_words(launch: L
     assert code == 1
     assert "model | first line" in err
     assert "error: model ended at its start with exit code 3: the model is missing\n" in err
-    assert run.events("stopped") == ["drafter", "store"]
-    assert run.events("started") == ["store", "drafter", "model"]
+    assert not any(alive(pid) for pid in run.all_pids())
 
 
 def test_a_child_that_is_never_ready_is_named_with_what_is_missing(launch: Launch) -> None:
@@ -136,7 +135,7 @@ def test_a_child_that_is_never_ready_is_named_with_what_is_missing(launch: Launc
 
 def test_ctrl_c_during_the_start_stops_what_has_started(launch: Launch) -> None:
     run = launch(model=["--never-ready"])
-    wait_until(lambda: run.events("started") == ["store", "drafter", "model"])
+    wait_until(lambda: len(run.events("started")) == len(CHILDREN))
     run.process.send_signal(signal.SIGINT)
     code, _ = run.end()
     assert code == 0
@@ -213,7 +212,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(launch: Launch) -> None
 
 def test_a_launcher_killed_during_the_start_leaves_nothing_behind(launch: Launch) -> None:
     run = launch(model=["--never-ready"])
-    wait_until(lambda: run.events("started") == ["store", "drafter", "model"])
+    wait_until(lambda: len(run.events("started")) == len(CHILDREN))
     run.process.kill()
     run.wait_gone()
 
