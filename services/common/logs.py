@@ -15,7 +15,12 @@ from datetime import UTC, datetime
 from typing import IO, Literal
 
 _REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {"message", "asctime", "taskName"}
+_STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", None, None))) | {
+    "message",
+    "asctime",
+    "taskName",
+    "color_message",  # uvicorn's copy of the message for terminals
+}
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class Planner:
         return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}", Path(settings.llm).name)
 
     def _redis(self, url: str) -> Service:
-        return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url))
+        return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url), silent=True)
 
     def _speculator(self, address: str) -> Service:
         decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.ssm}
@@ -107,7 +107,7 @@ class Planner:
 
 
 def _hold_port(held: ExitStack, host: str, wanted: int, flag: str) -> int:
-    """`wanted` if it is free, or any free one for 0; kept from others until `held` closes, when its service binds it."""
+    """`wanted` if it is free, any free one for 0; nobody else gets it until `held` closes and its service binds it."""
     probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

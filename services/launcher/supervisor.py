@@ -20,6 +20,7 @@ class Service:
     """A program to keep running.
 
     probe: tells when it is usable.
+    silent: what it writes is shown only when it fails.
     expendable: the others work without it, so it is restarted for ever; any other service may die
         Limits.restarts times within Limits.restart_window_s before everything is stopped.
     """
@@ -28,6 +29,7 @@ class Service:
     command: tuple[str, ...]
     probe: Probe
     expendable: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ class Supervisor:
         raise ServiceFailed(service.name, reason, child.tail)
 
     async def _spawn(self, service: Service) -> Child:
+        show = _ignore if service.silent else self._progress.line
         spawning = asyncio.ensure_future(
-            Child.start(service.name, service.command, self._environment, self._keeper, self._progress.line)
+            Child.start(service.name, service.command, self._environment, self._keeper, show)
         )
         try:
             child = await asyncio.shield(spawning)
@@ -173,6 +176,10 @@ class Supervisor:
                 await self._start(service)
             except ServiceFailed as failure:
                 log.error("%s", failure)  # its death is counted by the next turn
+
+
+def _ignore(line: str) -> None:
+    pass
 
 
 def _describe(code: int) -> str:

@@ -49,6 +49,7 @@ def up(settings: UpSettings, config: Path | None) -> int:
     Exit codes: 0 after an orderly stop, 1 after a second signal or when a service cannot be run, 2 for bad settings.
     """
     configure_logs("launcher", settings.log_level, settings.log_format)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every probe
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:
         try:
