@@ -73,7 +73,7 @@ def write_model(
 
     `scale` widens the logits.
     """
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 112,
@@ -101,9 +101,10 @@ def write_model(
 
 def hugging_face_greedy(folder: Path, prompt: list[int], new_tokens: int) -> list[int]:
     """Greedy continuation by Hugging Face `generate`, stopping at the end-of-text token."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
     output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, attention_mask=None
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
     )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens

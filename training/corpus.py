@@ -46,6 +46,13 @@ def read_documents(path: Path) -> Iterator[str]:
             yield stripped
 
 
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """Id of END_OF_TEXT; ValueError when the tokenizer lacks it."""
+    if (token_id := tokenizer.token_to_id(END_OF_TEXT)) is None:
+        raise ValueError(f"the tokenizer lacks the token {END_OF_TEXT}")
+    return token_id
+
+
 def tokenize_corpus(
     files: list[CorpusFile], tokenizer: Tokenizer, held_out_every: int = 50
 ) -> tuple[TokenArray, TokenArray]:
@@ -57,9 +64,9 @@ def tokenize_corpus(
     Raises:
         ValueError: the vocabulary does not fit 16 bits or lacks END_OF_TEXT.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None or tokenizer.get_vocab_size() > 1 << 16:
-        raise ValueError(f"the tokenizer needs the token {END_OF_TEXT} and at most 65536 entries")
+    end = end_of_text(tokenizer)
+    if tokenizer.get_vocab_size() > 1 << 16:
+        raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} entries; at most 65536 are supported")
     training: list[TokenArray] = []
     held_out: list[TokenArray] = []
     for file in files:

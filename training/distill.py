@@ -9,7 +9,7 @@ The LLM first continues passages of the corpus, greedily and sampled; then the S
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ BATCH = 64
 
 
 @torch.inference_mode()
-def continuations(llm: PreTrainedModel, corpus: TokenArray, tokens: int, length: int, file: Path) -> TokenArray:
+def continuations(llm: Any, corpus: TokenArray, tokens: int, length: int, file: Path) -> TokenArray:
     """The LLM's continuations of random passages, `tokens` in all, in rows of `length`: half greedy, half sampled.
 
     They are kept in `file`, so that a repeated call goes on where the last one was ended.
@@ -96,21 +96,23 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    teacher = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).to(pick_device()).eval()
+    teacher: Any = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    teacher.to(pick_device()).eval()
     text, held_out = tokenize_corpus([CorpusFile.parse(name) for name in corpus], _tokenizer(llm))
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     outputs = continuations(teacher, text, output_tokens, window, out / "checkpoints" / "outputs.npy")
     own_held_out, own = outputs[:BATCH], outputs[BATCH:]
-    student = build_llama(
-        teacher.config.vocab_size,
-        teacher.config.eos_token_id,
-        teacher.config.max_position_embeddings,
-        hidden_size,
-        layers,
-        heads,
-        kv_heads,
-        intermediate_size,
-    ).to(teacher.device)
+    with teacher.device:
+        student = build_llama(
+            teacher.config.vocab_size,
+            teacher.config.eos_token_id,
+            teacher.config.max_position_embeddings,
+            hidden_size,
+            layers,
+            heads,
+            kv_heads,
+            intermediate_size,
+        )
 
     def loss_of_step(step: int, part: int) -> torch.Tensor:
         rng = np.random.default_rng((seed, step))

@@ -125,7 +125,7 @@ class TrainingRun:
         for part in range(self.settings.parts):
             with autocast(self.model.device):
                 loss = loss_of_step(self.step, part)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward unannotated
+            loss.backward()
             total += float(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -137,7 +137,9 @@ class TrainingRun:
 
     def export(self, tokenizer: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write a Hugging Face folder: safetensors in `dtype`, config, tokenizer, and the held-out losses."""
-        self.model.to(dtype).save_pretrained(self.folder)
+        module: nn.Module = self.model  # whose `to` is annotated
+        module.to(dtype)
+        self.model.save_pretrained(self.folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if tokenizer.resolve() != self.folder.resolve():
                 shutil.copy(tokenizer / name, self.folder / name)

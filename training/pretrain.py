@@ -17,7 +17,7 @@ import typer
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.corpus import END_OF_TEXT, CorpusFile, TokenArray, sample_windows, spread_windows, tokenize_corpus
+from training.corpus import CorpusFile, TokenArray, end_of_text, sample_windows, spread_windows, tokenize_corpus
 from training.loop import LoopSettings, TrainingRun, autocast, pick_device
 
 
@@ -40,7 +40,7 @@ def build_llama(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         bos_token_id=eos,
@@ -88,17 +88,17 @@ def main(
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     training, held_out = tokenize_corpus([CorpusFile.parse(text) for text in corpus], vocabulary)
     typer.echo(f"{len(training):,} training tokens, {len(held_out):,} held out")
-    model = build_llama(
-        vocabulary.get_vocab_size(),
-        vocabulary.token_to_id(END_OF_TEXT),
-        context,
-        hidden_size,
-        layers,
-        heads,
-        kv_heads,
-        intermediate_size,
-    ).to(pick_device())
-
+    with pick_device():
+        model = build_llama(
+            vocabulary.get_vocab_size(),
+            end_of_text(vocabulary),
+            context,
+            hidden_size,
+            layers,
+            heads,
+            kv_heads,
+            intermediate_size,
+        )
     window = window or context
     batch, micro_batch = batch_tokens // window, max(1, micro_batch_tokens // window)
     forward = torch.compile(model) if compile else model

@@ -19,7 +19,7 @@ from services.common.model_files import resolve_model, tokenizer_hash
 
 
 def use_threads(threads: int) -> None:
-    """Set the CPU threads of torch and of the native kernels in the calling thread and those it starts; 0: all cores."""
+    """Set the CPU threads of torch and the native kernels, for this thread and those it starts; 0: all cores."""
     count = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     native.set_num_threads(count)
@@ -45,7 +45,8 @@ class LoadedModel:
     ) -> LoadedModel:
         """Load a folder or hub id; the cache takes `kv_memory` of the free memory, at most what max_sequences can use.
 
-        kv_blocks: size of the cache in blocks instead; 0 for the above. name: empty for the folder's name or the hub id.
+        kv_blocks: size of the cache in blocks instead; 0 for the above.
+        name: what it is served as; empty for the folder's name or the hub id.
 
         Raises:
             StartupError: one line that says why the model cannot be served.

@@ -47,5 +47,5 @@ class ModelFacts:
         if (self.vocab_size, self.tokenizer_hash) != (llm.vocab_size, llm.tokenizer_hash):
             raise ModelMismatch(
                 f"SSM {self.model} has a vocabulary of {self.vocab_size} and tokenizer {self.tokenizer_hash[:12]}, but "
-                f"LLM {llm.model} has {llm.vocab_size} and {llm.tokenizer_hash[:12]}; use an SSM with the LLM's tokenizer"
+                f"LLM {llm.model} has {llm.vocab_size} and {llm.tokenizer_hash[:12]}; use one with the LLM's tokenizer"
             )

@@ -1,4 +1,4 @@
-"""Trees and sampling parameters on the wire, for the services that compute with them. The gateway never imports this."""
+"""Trees and sampling parameters on the wire, for the services that compute with them; never for the gateway."""
 
 from __future__ import annotations
 

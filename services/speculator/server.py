@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 
@@ -125,11 +126,12 @@ class Servicer(SpeculatorServicer):
 
 
 async def _next_unless(
-    messages: AsyncIterator[speculator_pb2.SpeculateRequest], ending: asyncio.Future[bool]
+    messages: AsyncIterator[speculator_pb2.SpeculateRequest], ending: asyncio.Future[Any]
 ) -> speculator_pb2.SpeculateRequest | None:
     """The next message; None when the stream or the service ends first."""
     following = asyncio.ensure_future(anext(messages, None))
-    await asyncio.wait({following, ending}, return_when=asyncio.FIRST_COMPLETED)
+    both: set[asyncio.Future[Any]] = {following, ending}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if following.done():
         return following.result()
     following.cancel()

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 
+from kernels.backend import RequestedName
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache, slot
 from runtime.transformer import LoadOptions, Transformer
 from speculation.tree import TokenTree
 from tests.tiny_models import SHAPES, VOCAB, write_model
 
-BACKENDS = ["native", "torch"]
+BACKENDS: list[RequestedName] = ["native", "torch"]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -22,7 +23,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_model(tmp_path_factory.mktemp("model"), request.param)
 
 
-def load(folder: Path, kernels: str = "auto") -> tuple[Transformer, KVCache]:
+def load(folder: Path, kernels: RequestedName = "auto") -> tuple[Transformer, KVCache]:
     model = Transformer.load(folder, LoadOptions(device="cpu", kernels=kernels))
     assert kernels in ("auto", model.backend.name)
     return model, KVCache(model.config, 64, model.device, model.activation_dtype)
@@ -44,7 +45,7 @@ def run_chain(model: Transformer, cache: KVCache, tokens: list[int], chunk: int)
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_logits_equal_hugging_face(folder: Path, kernels: str) -> None:
+def test_logits_equal_hugging_face(folder: Path, kernels: RequestedName) -> None:
     model, cache = load(folder, kernels)
     tokens = prompt(90)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -55,7 +56,7 @@ def test_logits_equal_hugging_face(folder: Path, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: str) -> None:
+def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: RequestedName) -> None:
     model, cache = load(folder, kernels)
     committed = prompt(21)
     tree = TokenTree((5, 6, 7, 8, 9, 10, 6), (-1, 0, 0, 1, 1, 2, 2))
@@ -74,7 +75,7 @@ def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: s
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_compacted_path_continues_like_a_chain(folder: Path, kernels: str) -> None:
+def test_compacted_path_continues_like_a_chain(folder: Path, kernels: RequestedName) -> None:
     model, cache = load(folder, kernels)
     committed = prompt(BLOCK_SIZE - 2)  # the tree crosses a block boundary
     tree = TokenTree((5, 6, 7, 8, 9), (-1, 0, 0, 2, 3))

@@ -55,14 +55,25 @@ class Services:
     def speculator(self, *ssms: Path, port: int = 0, **settings: Any) -> str:
         """Start a speculator; return its address."""
         port = port or free_port()
-        values = {"ssm": tuple(map(str, ssms)), "port": port, "kv_memory": 0.01, "threads": 1} | settings
+        values: dict[str, Any] = {
+            "ssm": tuple(map(str, ssms)),
+            "port": port,
+            "kv_memory": 0.01,
+            "threads": 1,
+        } | settings
         self._start(SpeculatorSettings(**values), serve_speculator)
         return f"127.0.0.1:{port}"
 
     def verifier(self, llm: Path, *speculators: str, **settings: Any) -> Verifier:
         """Start a verifier and return a client of it."""
         port = free_port()
-        values = {"llm": str(llm), "port": port, "speculator": speculators, "kv_memory": 0.01, "threads": 1} | settings
+        values: dict[str, Any] = {
+            "llm": str(llm),
+            "port": port,
+            "speculator": speculators,
+            "kv_memory": 0.01,
+            "threads": 1,
+        } | settings
         registry = self._start(VerifierSettings(**values), serve_verifier)
         return Verifier(f"127.0.0.1:{port}", registry)
 
