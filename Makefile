@@ -41,19 +41,16 @@ protos: setup
 bench: setup
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
-setup: $(VENV)/.installed $(VENV)/.kernels
+setup: $(VENV)/.installed
+	@$(BIN)/python -m kernels.build || true  # says itself what runs instead
 
-# The stamps are files in the environment: whatever removes it removes them too.
+# The stamp is a file in the environment: whatever removes the one removes the other.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later with venv found; install one, or give PYTHON=" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-$(VENV)/.kernels: $(VENV)/.installed $(wildcard kernels/*.py kernels/*.cpp kernels/*.h kernels/csrc/*)
-	$(BIN)/python -m kernels.build
-	@touch $@
-
 clean:
-	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build kernels/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import httpx
 import redis.asyncio
@@ -13,7 +14,7 @@ from redis.exceptions import RedisError
 from services.common.grpc_setup import aio_channel, is_serving
 
 # None when ready, else what is missing, in a few words.
-Probe = Callable[[], Awaitable[str | None]]
+Probe = Callable[[], Coroutine[Any, Any, str | None]]
 
 PROBE_TIMEOUT_S = 2.0
 

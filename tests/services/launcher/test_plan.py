@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.common.model_files import ModelFilesError
+from services.common.settings import SettingsError, fields_of
+from services.gateway.settings import GatewaySettings
+from services.launcher.plan import Plan, Planner
+from services.launcher.settings import UpSettings
+from services.speculator.settings import SpeculatorSettings
+from services.verifier.settings import VerifierSettings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> UpSettings:
+    for name in ("llm", "ssm-a", "ssm-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    return UpSettings(llm=str(tmp_path / "llm"), ssm=(str(tmp_path / "ssm-a"), str(tmp_path / "ssm-b")), port=0)
+
+
+def make(settings: UpSettings, config: Path | None = None, environ: Mapping[str, str] | None = None) -> Plan:
+    return Planner(settings, config, Path("/run/example"), environ or {}).plan()
+
+
+def flags(plan: Plan, name: str) -> dict[str, list[str]]:
+    """Values by flag of one service's command line."""
+    (service,) = (service for service in plan.services if service.name == name)
+    assert service.command[:3] == (sys.executable, "-m", f"services.{name}")
+    values: dict[str, list[str]] = {}
+    for argument in service.command[3:]:
+        flag, _, value = argument.partition("=")
+        values.setdefault(flag, []).append(value)
+    return values
+
+
+def test_the_services_are_told_of_each_other(settings: UpSettings) -> None:
+    plan = make(settings)
+    assert [service.name for service in plan.services] == ["redis", "speculator", "verifier", "gateway"]
+    speculator, verifier, gateway = (flags(plan, name) for name in ("speculator", "verifier", "gateway"))
+    assert speculator["--ssm"] == list(settings.ssm)
+    assert verifier["--llm"] == gateway["--model"] == [settings.llm]
+    assert verifier["--speculator"] == [f"127.0.0.1:{speculator['--port'][0]}"]
+    assert gateway["--verifier"] == [f"127.0.0.1:{verifier['--port'][0]}"]
+    assert gateway["--redis-url"] == ["unix:///run/example/redis.sock"]
+    assert plan.url == f"http://127.0.0.1:{gateway['--port'][0]}"
+    ports = {part["--port"][0] for part in (speculator, verifier, gateway)}
+    assert len(ports) == 3
+    assert "0" not in ports
+
+
+def test_every_flag_is_a_setting_of_its_service(settings: UpSettings) -> None:
+    plan = make(replace(settings, threads=1))
+    classes: dict[str, type] = {
+        "speculator": SpeculatorSettings,
+        "verifier": VerifierSettings,
+        "gateway": GatewaySettings,
+    }
+    for name, cls in classes.items():
+        known = {"--" + field.name.replace("_", "-") for field in fields_of(cls)}
+        assert flags(plan, name).keys() <= known
+
+
+def test_without_a_speculator(settings: UpSettings) -> None:
+    for plan in (make(replace(settings, speculator=False)), make(replace(settings, ssm=()))):
+        assert "speculator" not in [service.name for service in plan.services]
+        assert "--speculator" not in flags(plan, "verifier")
+
+
+def test_with_a_redis_that_runs_already(settings: UpSettings) -> None:
+    plan = make(replace(settings, redis_url="redis://example:6379/0"))
+    assert "redis" not in [service.name for service in plan.services]
+    assert flags(plan, "gateway")["--redis-url"] == ["redis://example:6379/0"]
+
+
+def test_shared_settings_reach_each_service_that_does_not_give_its_own(settings: UpSettings, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("[verifier]\nlog_level = 'debug'\ndraft_nodes = 3\n")
+    plan = make(replace(settings, log_level="warning", threads=2), config, {"SPECSERVE_SPECULATOR_THREADS": "1"})
+    assert flags(plan, "gateway")["--log-level"] == ["warning"]
+    assert "--log-level" not in flags(plan, "verifier")
+    assert flags(plan, "verifier")["--threads"] == ["2"]
+    assert "--threads" not in flags(plan, "speculator")
+    assert "--threads" not in flags(plan, "gateway")
+    assert all("--config" in service.command for service in plan.services[1:])
+
+
+def test_a_service_setting_that_up_decides_is_refused(settings: UpSettings) -> None:
+    with pytest.raises(SettingsError, match=r"port of \[gateway\] is decided by `specserve up`"):
+        make(settings, environ={"SPECSERVE_GATEWAY_PORT": "9000"})
+
+
+def test_a_taken_port_is_named_before_anything_starts(settings: UpSettings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"--verifier-port: cannot listen on 127.0.0.1:{port}"):
+            make(replace(settings, verifier_port=port))
+
+
+def test_a_missing_model_is_named_before_anything_starts(settings: UpSettings) -> None:
+    with pytest.raises(ModelFilesError, match="model /nowhere: no such folder"):
+        make(replace(settings, ssm=("/nowhere",)))
+
+
+def test_the_url_is_one_that_a_client_can_use(settings: UpSettings, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    assert make(replace(settings, host="0.0.0.0", port=port)).url == f"http://127.0.0.1:{port}"
