@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.services.harness import Services, Verifier, free_port, services
+from tests.services.harness import Services, Verifier, free_port
 from tests.tiny_models import CONTEXT, SHAPES, VOCAB, hugging_face_greedy, write_model, write_relative
 
 NEW_TOKENS = 40
 END_OF_TEXT = 0
-
-
-@pytest.fixture
-def running() -> Iterator[Services]:
-    with services() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("llm"), "llama-gqa")
-
-
-@pytest.fixture(scope="module")
-def ssms(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("ssms")
-    return [write_relative(folder / str(seed), llm, noise=0.06, seed=seed) for seed in range(3)]
 
 
 def prompts(count: int, longest: int = 30) -> list[list[int]]:

@@ -1,0 +1,28 @@
+"""A small LLM, relatives of it as SSMs, and services around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services.harness import Services, services
+from tests.tiny_models import write_model, write_relative
+
+
+@pytest.fixture
+def running() -> Iterator[Services]:
+    with services() as started:
+        yield started
+
+
+@pytest.fixture(scope="package")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "llm", "llama-gqa")
+
+
+@pytest.fixture(scope="package")
+def ssms(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("ssms")
+    return [write_relative(folder / f"ssm-{seed}", llm, noise=0.06, seed=seed) for seed in range(3)]
