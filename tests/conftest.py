@@ -18,7 +18,7 @@ from services.launcher.redis_server import find_redis_server, redis_command
 REDIS_START_TIMEOUT_S = 10.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """Gives a loopback port that nobody listens on."""
 

@@ -41,7 +41,8 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return headers | {"connection": "close"} if self.status == 413 else headers
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON object of OpenAI's API."""

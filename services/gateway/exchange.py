@@ -28,19 +28,28 @@ from services.gateway.schemas import CompletionRequest
 log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
+# Up to this many times the largest body are read and dropped.
+DROP_FACTOR = 4
 
 
 async def read_body(request: Request, max_bytes: int) -> object:
-    """The decoded JSON body; reads no more than `max_bytes` of it. ApiError 413 or 400."""
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes; send less", code="body_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
+    """The decoded JSON body; ApiError 413 or 400.
+
+    Keeps no more than `max_bytes`. A larger body is read and dropped for a while, because most clients look for an
+    answer only when they have sent everything; behind that the connection is closed.
+    """
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
+    size = int(declared) if (declared := request.headers.get("content-length", "")).isdecimal() else 0
+    if size <= DROP_FACTOR * max_bytes:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= max_bytes:
+                body += chunk
+            elif size > DROP_FACTOR * max_bytes:
+                break
+    if size > max_bytes:
+        raise ApiError(413, f"the body is larger than {max_bytes} bytes; send less", code="body_too_large")
     try:
         return from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:

@@ -92,15 +92,15 @@ def in_thread(context: Callable[[], Any]) -> Iterator[tuple[Any, asyncio.Abstrac
             raise failure[0]
 
 
-@pytest.fixture
-def start_gateway(
-    redis_url: str, byte_level_folder: Path, free_port: Callable[[], int]
-) -> Iterator[Callable[..., Any]]:
-    """Starts a gateway with a scripted verifier: start_gateway(folder=..., facts={...}, **settings)."""
+@contextmanager
+def gateway_starter(
+    redis_url: str, default_folder: Path, free_port: Callable[[], int]
+) -> Iterator[Callable[..., RunningGateway]]:
+    """Yields start(folder=..., facts={...}, **settings), which starts a gateway with a scripted verifier."""
     with ExitStack() as stack:
 
         def start(
-            folder: Path = byte_level_folder, facts: dict[str, Any] | None = None, **settings: Any
+            folder: Path = default_folder, facts: dict[str, Any] | None = None, **settings: Any
         ) -> RunningGateway:
             script = Script(lambda request: [0])
             told = replace(Facts(tokenizer_hash(folder)), **(facts or {}))
@@ -121,6 +121,24 @@ def start_gateway(
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             return RunningGateway(f"http://127.0.0.1:{port}", script, tokenizer, lifecycle, loop)
 
+        yield start
+
+
+@pytest.fixture
+def start_gateway(
+    redis_url: str, byte_level_folder: Path, free_port: Callable[[], int]
+) -> Iterator[Callable[..., RunningGateway]]:
+    """Starts gateways that end with the test."""
+    with gateway_starter(redis_url, byte_level_folder, free_port) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_module_gateway(
+    _redis_process: str, byte_level_folder: Path, free_port: Callable[[], int]
+) -> Iterator[Callable[..., RunningGateway]]:
+    """Starts gateways that end with the module."""
+    with gateway_starter(_redis_process, byte_level_folder, free_port) as start:
         yield start
 
 
