@@ -33,10 +33,12 @@ class Sampling:
 class GenerationRequest:
     """One sequence to generate: one choice of a completion.
 
+    model: the model that it is for; another one must not go on with it.
     top_logprobs: None for no report; else how many of the most likely tokens to report besides the chosen one.
     """
 
     request_id: str
+    model: str
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     max_new_tokens: int

@@ -78,6 +78,7 @@ async def plan_completion(
             sequences.append(
                 GenerationRequest(
                     request_id=f"{request_id}-{len(sequences)}",
+                    model=facts.model,
                     prompt_token_ids=prompt,
                     sampling=_sampling(request, choice_seed(seed, choice)),
                     max_new_tokens=request.max_tokens,

@@ -19,7 +19,6 @@ A write of tokens names its place, so that repeating it after a timeout changes 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import struct
@@ -114,18 +113,19 @@ class Records:
         )
         self._redis = redis.asyncio.Redis.from_pool(pool)
         self._away = False
+        self._closing = False
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._waiting_tokens = 0
         self._losers: set[str] = set()
         self._wake = asyncio.Event()
-        self._flusher = asyncio.create_task(self._flush_forever())
+        self._flusher = asyncio.create_task(self._flush_until_closed())
 
     async def close(self) -> None:
         """Write what is pending and disconnect."""
-        self._flusher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._flusher
-        await self._try(self._flush)
+        # not cancelled: the client library may be in the middle of a reply, and swallows a cancellation there
+        self._closing = True
+        self._wake.set()
+        await self._flusher
         await self._redis.aclose()
 
     async def ping(self) -> None:
@@ -202,8 +202,8 @@ class Records:
         pipeline.expire(key, self._ttl_s)
         return len(pending.token_ids)
 
-    async def _flush_forever(self) -> None:
-        while True:
+    async def _flush_until_closed(self) -> None:
+        while not self._closing:
             await self._wake.wait()
             self._wake.clear()
             await self._try(self._flush)
@@ -211,7 +211,9 @@ class Records:
                 self._drop_pending()
             if self._waiting_tokens:
                 self._wake.set()
-            await asyncio.sleep(AWAY_INTERVAL_S if self._away else FLUSH_INTERVAL_S)
+            if not self._closing:
+                await asyncio.sleep(AWAY_INTERVAL_S if self._away else FLUSH_INTERVAL_S)
+        await self._try(self._flush)
 
     async def _flush(self) -> None:
         async with self._redis.pipeline(transaction=False) as pipeline:

@@ -61,9 +61,14 @@ class Verifier:
         """Facts of the model, as of the last time that the verifier was met."""
         return self._facts or await self.meet()
 
-    async def meet(self) -> ModelFacts:
-        """Ask for the model facts and check them; VerifierUnavailable or ModelMismatch otherwise."""
+    async def meet(self, model: str | None = None) -> ModelFacts:
+        """Ask for the model facts and check them; VerifierUnavailable or ModelMismatch otherwise.
+
+        model: the name that it must have, if it matters.
+        """
         facts = await self.client.model_facts(self._connect_timeout_s)
+        if model not in (None, facts.model):
+            raise ModelMismatch(f"the request began with model {model}; the verifier now serves {facts.model}")
         if facts.tokenizer_hash != self._tokenizer_hash:
             self._facts = None
             raise ModelMismatch(
@@ -92,11 +97,32 @@ class Verifier:
             self._facts = None
 
 
+class _Outage:
+    """How long a generation has been without its verifier: from the loss to the next token."""
+
+    def __init__(self, policy: ResumePolicy) -> None:
+        self._attempts_left = policy.attempts
+        self._give_up = asyncio.get_running_loop().time() + policy.timeout_s
+        self._backoff_s = FIRST_BACKOFF_S
+
+    async def wait(self, reason: VerifierError) -> None:
+        """Return when it is time for another attempt; raise the reason when there is none left."""
+        wait_s = self._backoff_s * random.uniform(0.5, 1.0)
+        if isinstance(reason, VerifierBusy):
+            wait_s = max(wait_s, reason.retry_after_ms / 1000)
+        if self._attempts_left == 0 or asyncio.get_running_loop().time() + wait_s > self._give_up:
+            raise reason
+        self._attempts_left -= 1
+        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+        await asyncio.sleep(wait_s)
+
+
 class Generation:
     """One sequence on the verifier; goes on at another attempt when the verifier is lost in the middle.
 
     A sequence that was never admitted is not retried: its client still has the request, and learns at once. Resuming
-    sends the tokens so far along, so that the text goes on as if nothing had happened.
+    sends the tokens so far along, so that the text goes on as if nothing had happened; there a full queue is waited
+    for, too.
 
     deadline: time of the running event loop by which the generation must end.
     """
@@ -109,10 +135,14 @@ class Generation:
         self._steps_before = 0
         self._steps = 0
         self._stream: GenerateStream | None = None
+        self._outage: _Outage | None = None
 
     async def open(self) -> None:
         """Return once the verifier has admitted the sequence; VerifierError if it does not."""
-        self._stream = self._verifier.client.generate(self._request, self._generated, self._time_left())
+        left = self._deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise VerifierTimeout("the request's time is over")
+        self._stream = self._verifier.client.generate(self._request, self._generated, left)
         await self._stream.admitted()
 
     async def steps(self) -> AsyncGenerator[Step, None]:
@@ -134,37 +164,23 @@ class Generation:
 
     def _keep(self, step: Step) -> Step:
         """Remember what a next attempt needs to know."""
+        self._outage = None
         self._generated += step.token_ids
         self._steps = self._steps_before + step.llm_steps
-        if step.prompt_logprobs:
+        if self._request.prompt_logprobs:
             self._request = replace(self._request, prompt_logprobs=False)
         return replace(step, llm_steps=self._steps)
 
     async def _resume(self, lost: VerifierError) -> None:
         """Open the sequence again within the policy's bounds, or raise the last reason why it could not be."""
-        policy = self._verifier.resume
         self._steps_before = self._steps
-        give_up = asyncio.get_running_loop().time() + min(policy.timeout_s, self._time_left())
-        backoff = FIRST_BACKOFF_S
-        for _ in range(policy.attempts):
-            wait = backoff * random.uniform(0.5, 1.0)
-            if isinstance(lost, VerifierBusy):
-                wait = max(wait, lost.retry_after_ms / 1000)
-            if asyncio.get_running_loop().time() + wait >= give_up:
-                break
-            await asyncio.sleep(wait)
-            backoff = min(2 * backoff, LONGEST_BACKOFF_S)
+        self._outage = self._outage or _Outage(self._verifier.resume)
+        while True:
+            await self._outage.wait(lost)
             self._verifier.on_retry()
             try:
-                await self._verifier.meet()
+                await self._verifier.meet(self._request.model)
                 await self.open()
                 return
             except (VerifierUnavailable, VerifierBusy) as error:
                 lost = error
-        raise lost
-
-    def _time_left(self) -> float:
-        left = self._deadline - asyncio.get_running_loop().time()
-        if left <= 0:
-            raise VerifierTimeout("the request's time is over")
-        return left

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from tokenizers import Tokenizer
@@ -18,7 +20,7 @@ from services.common.lifecycle import Lifecycle
 from services.common.model_files import tokenizer_hash
 from services.gateway.server import serve
 from services.gateway.settings import GatewaySettings
-from tests.services.gateway.scripted_verifier import Facts, Script, running
+from tests.services.gateway.scripted_verifier import Facts, Script, ScriptedVerifier, running
 from tests.services.gateway.tokenizers_for_tests import byte_fallback, byte_level, save
 
 START_TIMEOUT_S = 10.0
@@ -41,7 +43,9 @@ class RunningGateway:
     """A gateway in a thread of its own, and what a test may do to it."""
 
     url: str
+    verifier: str
     script: Script
+    servicer: ScriptedVerifier
     tokenizer: Tokenizer
     lifecycle: Lifecycle
     loop: asyncio.AbstractEventLoop
@@ -49,6 +53,10 @@ class RunningGateway:
     def client(self, **options: Any) -> openai.OpenAI:
         """OpenAI's SDK, without its retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=10, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        """The answer to a GET."""
+        return httpx.get(self.url + path, timeout=10)
 
     def says(self, text: str, *, end: bool = True) -> None:
         """Script the reply."""
@@ -104,6 +112,7 @@ def gateway_starter(
         ) -> RunningGateway:
             script = Script(lambda request: [0])
             told = replace(Facts(tokenizer_hash(folder)), **(facts or {}))
+            servicer = ScriptedVerifier(told, script)
             port = free_port()
 
             @asynccontextmanager
@@ -111,7 +120,7 @@ def gateway_starter(
                 lifecycle = Lifecycle()
                 async with AsyncExitStack() as running_parts:
                     if "verifier" not in settings:
-                        verifier_port = await running_parts.enter_async_context(running(told, script))
+                        verifier_port = await running_parts.enter_async_context(running(servicer))
                         settings["verifier"] = f"127.0.0.1:{verifier_port}"
                     chosen = GatewaySettings(**({"redis_url": redis_url} | settings), model=str(folder), port=port)
                     await running_parts.enter_async_context(serve(chosen, lifecycle))
@@ -119,7 +128,8 @@ def gateway_starter(
 
             lifecycle, loop = stack.enter_context(in_thread(context))
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            return RunningGateway(f"http://127.0.0.1:{port}", script, tokenizer, lifecycle, loop)
+            url = f"http://127.0.0.1:{port}"
+            return RunningGateway(url, settings["verifier"], script, servicer, tokenizer, lifecycle, loop)
 
         yield start
 
@@ -146,3 +156,16 @@ def start_module_gateway(
 def gateway(start_gateway: Callable[..., RunningGateway]) -> RunningGateway:
     """A gateway with its defaults."""
     return start_gateway()
+
+
+def counter(gateway: RunningGateway, name: str, **labels: str) -> float:
+    """Value of a metric of the gateway; 0 when it has none yet."""
+    return gateway.lifecycle.registry.get_sample_value(name, labels) or 0.0
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Return as soon as the condition holds; fails when it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)

@@ -43,8 +43,10 @@ class Script:
 
     reply: the tokens of a request, whatever was generated before; they end with the first stop token.
     step_size: tokens of each step. delay_s: before each step.
-    refusal: answer to every Generate. lost_after: the call fails as UNAVAILABLE once so many tokens are out, `losses`
-    times.
+    announce: whether admission is announced before the first token.
+    refusal: answer to every Generate; refuse_behind: a full queue for every call behind so many.
+    failure: what a call ends with in place of its last step. finish: whether the last step has a finish reason.
+    lost_after: the call fails as UNAVAILABLE once so many tokens are out, `losses` times, each `loss_distance` later.
     """
 
     reply: Callable[[Request], Sequence[int]]
@@ -52,8 +54,12 @@ class Script:
     delay_s: float = 0.0
     announce: bool = True
     refusal: StatusError | None = None
+    refuse_behind: int | None = None
+    failure: StatusError | None = None
+    finish: bool = True
     lost_after: int = 0
     losses: int = 0
+    loss_distance: int = 0
     requests: list[Request] = field(default_factory=list)
     cancelled: dict[str, threading.Event] = field(default_factory=dict)
 
@@ -74,6 +80,8 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServicer):
         script.cancelled[request.request_id] = threading.Event()
         if script.refusal is not None:
             raise script.refusal
+        if script.refuse_behind is not None and len(script.requests) > script.refuse_behind:
+            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         if script.announce:
             await context.send_initial_metadata((("specserve-admitted", "1"),))
         try:
@@ -97,11 +105,14 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServicer):
             await asyncio.sleep(script.delay_s)
             if script.losses and done >= script.lost_after:
                 script.losses -= 1
+                script.lost_after += script.loss_distance
                 raise StatusError(grpc.StatusCode.UNAVAILABLE, "scripted loss")
             token_ids = reply[done : done + script.step_size]
             first, done, steps = done == 0, done + len(token_ids), steps + 1
             finish = verifier_pb2.FINISH_REASON_UNSPECIFIED
-            if done == len(reply):
+            if done == len(reply) and script.failure is not None:
+                raise script.failure
+            if done == len(reply) and script.finish:
                 finish = verifier_pb2.FINISH_REASON_STOP if ends else verifier_pb2.FINISH_REASON_LENGTH
             yield Response(
                 token_ids=token_ids,
@@ -125,11 +136,11 @@ def _logprob(token: int, request: Request) -> verifier_pb2.TokenLogprob:
 
 
 @asynccontextmanager
-async def running(facts: Facts, script: Script, port: int = 0) -> AsyncIterator[int]:
+async def running(servicer: ScriptedVerifier, port: int = 0) -> AsyncIterator[int]:
     """The verifier as a gRPC server on loopback; yields the port."""
     lifecycle = Lifecycle()
     server = aio_server(lifecycle)
-    verifier_pb2_grpc.add_VerifierServicer_to_server(ScriptedVerifier(facts, script), server)
+    verifier_pb2_grpc.add_VerifierServicer_to_server(servicer, server)
     bound = await start_grpc(server, lifecycle, "127.0.0.1", port, ("specserve.v1.Verifier",))
     try:
         yield bound
@@ -138,7 +149,7 @@ async def running(facts: Facts, script: Script, port: int = 0) -> AsyncIterator[
 
 
 async def _main(port: int, facts: Facts, reply: Sequence[int], delay_s: float) -> None:
-    async with running(facts, Script(lambda request: reply, delay_s=delay_s), port):
+    async with running(ScriptedVerifier(facts, Script(lambda request: reply, delay_s=delay_s)), port):
         await asyncio.Event().wait()
 
 
