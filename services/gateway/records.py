@@ -117,15 +117,16 @@ class Records:
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._waiting_tokens = 0
         self._losers: set[str] = set()
+        self._writes: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._flusher = asyncio.create_task(self._flush_until_closed())
 
     async def close(self) -> None:
         """Write what is pending and disconnect."""
-        # not cancelled: the client library may be in the middle of a reply, and swallows a cancellation there
         self._closing = True
         self._wake.set()
-        await self._flusher
+        await self._flusher  # not cancelled, for the same reason as in running()
+        await asyncio.gather(*self._writes)
         await self._redis.aclose()
 
     async def ping(self) -> None:
@@ -157,8 +158,12 @@ class Records:
             raise RecordsUnavailable(f"the request's record cannot be written to Redis: {error}") from error
 
     async def running(self, request_id: str) -> None:
-        """The verifier has admitted the request."""
-        await self._try(lambda: self._write(request_id, {"state": State.RUNNING}))
+        """The verifier has admitted the request. May be cancelled at any time; the write goes on."""
+        # redis-py swallows a cancellation that comes in the middle of a reply: it must not get one
+        write = asyncio.create_task(self._try(lambda: self._write(request_id, {"state": State.RUNNING})))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+        await asyncio.shield(write)
 
     def add_tokens(self, request_id: str, choice: int, token_ids: Sequence[int]) -> None:
         """Append to a choice's tokens, soon."""

@@ -121,6 +121,20 @@ def test_what_is_pending_is_written_at_the_end(redis_url: str, database: redis.R
     assert tokens(database, "b") == [5]
 
 
+def test_a_cancellation_is_never_swallowed(redis_url: str) -> None:
+    async def scenario(records: Records) -> None:
+        await records.create("a", {}, [[1]], [0])
+        for delay in range(100):
+            task = asyncio.create_task(records.running("a"))
+            for _ in range(delay % 10):
+                await asyncio.sleep(0)
+            if task.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    run_records(redis_url, scenario, pytest.fail)
+
+
 def test_redis_away_and_back(tmp_path: Path, free_port: Callable[[], int]) -> None:
     port = free_port()
     url = f"redis://127.0.0.1:{port}/0"
