@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.harness import Services, services
+from tests.services.harness import Services, Verifier, services
 from tests.tiny_models import write_model, write_relative
 
 
@@ -20,6 +20,13 @@ def running() -> Iterator[Services]:
 @pytest.fixture(scope="package")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "llm", "llama-gqa")
+
+
+@pytest.fixture(scope="package")
+def shared_verifier(llm: Path) -> Iterator[Verifier]:
+    """A verifier without speculators, for tests that leave it as it was."""
+    with services() as started:
+        yield started.verifier(llm)
 
 
 @pytest.fixture(scope="package")

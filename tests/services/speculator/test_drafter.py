@@ -1,0 +1,116 @@
+"""A draft is the same whether its model kept, moved, lost or never had the KV of the sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runtime.kv_cache import KVCache, longest_sequence_blocks
+from runtime.transformer import LoadOptions, Transformer
+from services.speculator.drafter import Drafter, DrafterSettings, DraftOrder
+from speculation.expansion import ChildSelection
+from speculation.sampling import SamplingParams
+from speculation.tree import TokenTree
+from tests.tiny_models import CONTEXT, write_model
+
+PROMPT = [7, 30, 22, 9, 151]
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    return Transformer.load(write_model(tmp_path_factory.mktemp("ssm")), LoadOptions(device="cpu"))
+
+
+def drafter(model: Transformer, sequences: int = 4, **settings: Any) -> Drafter:
+    cache = KVCache(
+        model.config, sequences * longest_sequence_blocks(model.config), model.device, model.activation_dtype
+    )
+    values = {"prefill_chunk": 64, "beam": 3, "min_confidence": 0.0, "stream": 1} | settings
+    return Drafter("ssm", model, cache, DrafterSettings(**values))
+
+
+def order(sequence: int = 1, **fields: Any) -> DraftOrder:
+    values: dict[str, Any] = {"nodes": 10, "depth": 5, "widths": (), "selection": ChildSelection.TOP} | fields
+    return DraftOrder((1, sequence), **values)
+
+
+def shape(tree: TokenTree) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tree.token_ids, tree.parents
+
+
+def fresh_draft(model: Transformer, tokens: list[int], params: SamplingParams, wanted: DraftOrder) -> Any:
+    alone = drafter(model)
+    alone.open(wanted.key, tokens, len(PROMPT), params)
+    return shape(alone.draft([wanted])[wanted.key])
+
+
+@pytest.mark.parametrize("widths", [(), (3, 2, 1, 1)])
+@pytest.mark.parametrize(
+    ("params", "selection"),
+    [
+        (GREEDY, ChildSelection.TOP),
+        (SamplingParams(seed=5), ChildSelection.SHARED_NOISE),
+        (SamplingParams(temperature=0.8, repetition_penalty=1.3, seed=5), ChildSelection.SHARED_NOISE),
+        (SamplingParams(seed=5), ChildSelection.SAMPLED),
+    ],
+)
+def test_drafts_do_not_depend_on_what_was_kept(
+    widths: tuple[int, ...], params: SamplingParams, selection: ChildSelection, model: Transformer
+) -> None:
+    kept = drafter(model)
+    wanted = order(widths=widths, selection=selection)
+    kept.open(wanted.key, PROMPT, len(PROMPT), params)
+    tokens = list(PROMPT)
+    for step in range(6):
+        tree = kept.draft([wanted])[wanted.key]
+        assert shape(tree) == fresh_draft(model, tokens, params, wanted)
+        deepest = max(range(len(tree)), key=lambda node: (tree.depths()[node], -node))
+        path = [tree.token_ids[node] for node in tree.path(deepest)]
+        accepted = [*path[: step % 4], 100 + step]  # some of a drafted path, then a token that was not drafted
+        kept.advance(wanted.key, accepted)
+        tokens += accepted
+
+
+def test_a_whole_accepted_path_leaves_the_next_root_uncomputed(model: Transformer) -> None:
+    kept = drafter(model, beam=8)
+    wanted = order(depth=3)
+    kept.open(wanted.key, PROMPT, len(PROMPT), GREEDY)
+    tree = kept.draft([wanted])[wanted.key]
+    path = [tree.token_ids[node] for node in tree.path(tree.children()[0][0])]
+    kept.advance(wanted.key, path)  # the last token was drafted and evaluated too
+    assert shape(kept.draft([wanted])[wanted.key]) == fresh_draft(model, PROMPT + path, GREEDY, wanted)
+
+
+def test_sequences_of_one_batch_do_not_mix(model: Transformer) -> None:
+    together = drafter(model)
+    prompts = {1: PROMPT, 2: [4] * 90, 3: [8, 9]}
+    for sequence, prompt in prompts.items():
+        together.open((1, sequence), prompt, len(PROMPT), GREEDY)
+    trees = together.draft([order(sequence) for sequence in prompts])
+    for sequence, prompt in prompts.items():
+        assert shape(trees[1, sequence]) == fresh_draft(model, prompt, GREEDY, order(sequence))
+
+
+def test_sequences_beyond_the_cache_are_computed_again(model: Transformer) -> None:
+    small = drafter(model, sequences=1)
+    prompts = {sequence: [sequence] * (150 + sequence) for sequence in (1, 2, 3)}
+    for sequence, prompt in prompts.items():
+        small.open((1, sequence), prompt, len(PROMPT), GREEDY)
+    for sequence in (1, 2, 3, 1, 2):
+        tree = small.draft([order(sequence)])[1, sequence]
+        assert shape(tree) == fresh_draft(model, prompts[sequence], GREEDY, order(sequence))
+
+
+def test_no_draft_beyond_the_context_and_nothing_left_behind(model: Transformer) -> None:
+    full = drafter(model)
+    full.open((1, 1), [5] * (CONTEXT - 4), len(PROMPT), GREEDY)
+    full.open((2, 1), PROMPT, len(PROMPT), GREEDY)
+    assert full.draft([order(depth=5)]) == {}
+    assert len(full.draft([order(depth=4)])[1, 1]) > 1
+    full.close_stream(1)
+    assert (1, 1) not in full
+    assert (2, 1) in full
+    full.close((2, 1))
+    full.cache.check_idle()
