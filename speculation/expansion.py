@@ -148,6 +148,10 @@ class Expansion(ABC):
         """Depth of a node; the root's is 0."""
         return self._depths[node]
 
+    def confidence(self, node: int) -> float:
+        """The builder's estimate of the probability that the node is accepted, in (0, 1]."""
+        return math.exp(self._confidences[node])
+
     def path_tokens(self, node: int) -> tuple[int, ...]:
         """Tokens from below the root down to the node; empty for the root."""
         token_ids: list[int] = []

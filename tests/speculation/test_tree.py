@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+from speculation.tree import MAX_NODES, InvalidTree, TokenTree
+from tests.speculation.trees import token_paths, token_trees
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "parents", "message"),
+    [
+        ((), (), "0 nodes"),
+        ((1, 2), (-1,), "2 tokens but 1 parents"),
+        ((1,), (0,), "root's parent is 0"),
+        ((1, 2), (-1, 1), "node 1 has parent 1"),
+        ((1, 2, 3), (-1, 2, 0), "node 1 has parent 2"),
+        ((1, 2), (-1, -1), "node 1 has parent -1"),
+        ((1, 2, 2), (-1, 0, 0), "node 2 repeats token 2 below node 0"),
+        ((1,) * (MAX_NODES + 1), tuple(range(-1, MAX_NODES)), f"{MAX_NODES + 1} nodes"),
+    ],
+)
+def test_broken_trees_are_refused(token_ids: tuple[int, ...], parents: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InvalidTree, match=message):
+        TokenTree(token_ids, parents)
+
+
+def test_distributions_belong_to_nodes() -> None:
+    with pytest.raises(InvalidTree, match=r"nodes \[3\]"):
+        TokenTree((1, 2), (-1, 0), {3: torch.ones(4) / 4})
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        ([0.5, 0.5], "shape"),
+        ([0.5, 0.6, 0.1, 0.0], "sum"),
+        ([0.6, 0.6, -0.2, 0.0], "negative"),
+        ([float("nan"), 0.5, 0.5, 0.0], "infinite"),
+        ([0.5, 0.0, 0.5, 0.0], "node 1 has token 3"),
+    ],
+)
+def test_check_vocabulary_refuses_what_is_no_distribution(distribution: list[float], message: str) -> None:
+    tree = TokenTree((1, 3), (-1, 0), {0: torch.tensor(distribution)})
+    with pytest.raises(InvalidTree, match=message):
+        tree.check_vocabulary(4)
+
+
+def test_check_vocabulary() -> None:
+    tree = TokenTree((1, 3), (-1, 0), {0: torch.tensor([0.1, 0.2, 0.3, 0.4])})
+    tree.check_vocabulary(4)
+    with pytest.raises(InvalidTree, match="token 3; the vocabulary has 3"):
+        tree.check_vocabulary(3)
+    with pytest.raises(InvalidTree, match="token -1"):
+        TokenTree((-1,), (-1,)).check_vocabulary(3)
+
+
+@given(token_trees())
+def test_masks_are_the_paths(tree: TokenTree) -> None:
+    depths = tree.depths()
+    for node, mask in enumerate(tree.ancestor_masks()):
+        path = [0, *tree.path(node)]
+        assert mask == sum(1 << ancestor for ancestor in path)
+        assert depths[node] == len(path) - 1
+
+
+@given(token_trees())
+def test_depth_first_keeps_paths_and_siblings(tree: TokenTree) -> None:
+    ordered = tree.depth_first()
+    assert sorted(token_paths(ordered)) == sorted(token_paths(tree))
+    siblings = {
+        path: [tree.token_ids[child] for child in children]
+        for path, children in zip(token_paths(tree), tree.children(), strict=True)
+    }
+    for path, children in zip(token_paths(ordered), ordered.children(), strict=True):
+        assert [ordered.token_ids[child] for child in children] == siblings[path]
+    sizes = [sum(mask >> node & 1 for mask in ordered.ancestor_masks()) for node in range(len(ordered))]
+    for node, mask in enumerate(ordered.ancestor_masks()):
+        for ancestor in range(len(ordered)):
+            inside = ancestor <= node < ancestor + sizes[ancestor]
+            assert bool(mask >> ancestor & 1) == inside, "a subtree must be consecutive nodes"
+
+
+def test_select_needs_parents() -> None:
+    chain = TokenTree((1, 2, 3), (-1, 0, 1), {0: torch.ones(4) / 4, 1: torch.ones(4) / 4})
+    cut = chain.select([0, 1])
+    assert (cut.token_ids, cut.parents) == ((1, 2), (-1, 0))
+    assert list(cut.distributions) == [0], "node 1 has lost its children"
+    with pytest.raises(InvalidTree, match="node 1 is not selected"):
+        chain.select([0, 2])
+    with pytest.raises(InvalidTree, match="root"):
+        chain.select([1, 2])
