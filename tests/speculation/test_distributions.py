@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speculation.acceptance import AcceptanceRule, accept
-from speculation.merge import MergedDraft
+from speculation.merge import merge_trees
 from speculation.noise import gumbel_noise
 from speculation.tree import TokenTree
 from tests.speculation.models import (
@@ -47,13 +47,13 @@ def joint_counts(rule: AcceptanceRule, llm: torch.Tensor, drafter: Drafter, leng
     ],
 )
 def test_mss_has_the_models_distribution(drafter: Drafter) -> None:
-    assert chi_square_p_value(joint_counts(MSS, LLM, drafter, 3, 3000), exact_joint(LLM, 3)) > ALPHA
+    assert chi_square_p_value(joint_counts(MSS, LLM, drafter, 3, 1500), exact_joint(LLM, 3)) > ALPHA
 
 
 @pytest.mark.parametrize("rule", [AcceptanceRule.SHARED_NOISE, AcceptanceRule.NAIVE])
 def test_seeded_rules_have_the_models_distribution(rule: AcceptanceRule) -> None:
     """With one draft; that the text does not depend on the draft is tested with the rules themselves."""
-    counts = joint_counts(rule, LLM, static_drafter(rule, SMALL, (2, 1)), 3, 3000)
+    counts = joint_counts(rule, LLM, static_drafter(rule, SMALL, (2, 1)), 3, 1500)
     assert chi_square_p_value(counts, exact_joint(LLM, 3)) > ALPHA
 
 
@@ -64,46 +64,77 @@ def test_filtered_tokens(rule: AcceptanceRule) -> None:
         model.masked_fill(model < model.topk(3).values[:, -1:], -torch.inf).log_softmax(-1)
         for model in (markov_model(5, 6), perturbed(markov_model(5, 6), 6, 1.5))
     )
-    counts = joint_counts(rule, llm, static_drafter(rule, [small], (4, 2)), 2, 2000)
+    counts = joint_counts(rule, llm, static_drafter(rule, [small], (4, 2)), 2, 1500)
     assert chi_square_p_value(counts, exact_joint(llm, 2)) > ALPHA
 
 
-def first_tokens(p: list[float], q: list[float], *, drawn: bool, samples: int = 4000) -> np.ndarray:
-    """First tokens under MSS with one child, drawn from q or always q's most likely token."""
-    log_p, distribution = torch.tensor(p).log(), torch.tensor(q)
+Probabilities = tuple[float, ...]
+Children = list[list[int]]
+"""The children of each step."""
+
+P = (0.1, 0.2, 0.3, 0.4)
+Q = (0.5, 0.3, 0.15, 0.05)
+R = (0.05, 0.15, 0.6, 0.2)
+STEPS = 10000
+
+
+def draws(q: Probabilities, width: int, seed: int) -> Children:
+    """Drawn without replacement."""
+    tokens: Children = (torch.tensor(q).log() + gumbel_noise(seed, range(STEPS), len(q))).topk(width).indices.tolist()
+    return tokens
+
+
+def first_tokens(p: Probabilities, drafts: list[tuple[Probabilities, Children]]) -> np.ndarray:
+    """Counts of the first token of STEPS steps under MSS, given (q, children of each step) for each component."""
+    log_p = torch.tensor(p).log()
+    children = [(torch.tensor(q), tokens) for q, tokens in drafts]
     counts = np.zeros(len(p))
-    for seed in range(samples):
-        noise = gumbel_noise(samples + seed, 0, len(q)) if drawn else torch.zeros(len(q))
-        child = int((distribution.log() + noise).argmax())
-        tree = TokenTree((0, child), (-1, 0), {0: distribution})
-        accepted = accept(MSS, MergedDraft.single(tree), lambda _node, _path: log_p, seed=seed, position=1)
+    for position in range(STEPS):
+        trees = [
+            TokenTree((0, *tokens[position]), (-1, *(0 for _ in tokens[position])), {0: q} if tokens[position] else {})
+            for q, tokens in children
+        ]
+        accepted = accept(MSS, merge_trees(trees), lambda _node, _path: log_p, seed=1, position=position)
         counts[accepted.token_ids[0]] += 1
     return counts
 
 
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        pytest.param([(Q, draws(Q, 1, 2))], id="one draw"),
+        pytest.param([(Q, draws(Q, 3, 2))], id="three draws"),
+        pytest.param([(Q, draws(Q, 4, 2))], id="all tokens"),
+        pytest.param([(Q, draws(Q, 2, 2)), (R, draws(R, 2, 3))], id="two components"),
+        pytest.param([(Q, draws(Q, 1, 2)), (Q, draws(Q, 1, 3)), (Q, draws(Q, 2, 4))], id="three like components"),
+    ],
+)
+def test_one_step_of_mss(drafts: list[tuple[Probabilities, Children]]) -> None:
+    assert chi_square_p_value(first_tokens(P, drafts), np.array(P)) > ALPHA
+
+
 def test_a_biased_rule_is_noticed() -> None:
     """With p = (.5, .5), q = (.9, .1) and a fixed most likely child, P(token 0) would be .5 / .9 = .556."""
-    biased = first_tokens([0.5, 0.5], [0.9, 0.1], drawn=False)
-    assert chi_square_p_value(biased, np.array([0.5, 0.5])) < ALPHA
-    assert biased[0] / biased.sum() == pytest.approx(0.5 / 0.9, abs=0.03)
-    exact = first_tokens([0.5, 0.5], [0.9, 0.1], drawn=True)
-    assert chi_square_p_value(exact, np.array([0.5, 0.5])) > ALPHA
+    p, q = (0.5, 0.5), (0.9, 0.1)
+    biased = first_tokens(p, [(q, [[0]] * STEPS)])
+    assert chi_square_p_value(biased, np.array(p)) < ALPHA
+    assert biased[0] / STEPS == pytest.approx(0.5 / 0.9, abs=0.015)
+
+
+def test_draws_that_depend_on_each_other_are_noticed() -> None:
+    """Two components that drew with the same noise: why every source needs a stream of its own."""
+    counts = first_tokens(P, [(Q, draws(Q, 1, 2)), (Q, draws(Q, 1, 2))])
+    assert chi_square_p_value(counts, np.array(P)) < ALPHA
 
 
 def test_pruning_draws_is_noticed() -> None:
-    """Dropping drawn children that look unlikely is the mistake that best-first growth must not make."""
-    log_p, q = torch.tensor([0.4, 0.6]).log(), torch.tensor([0.7, 0.3])
-    counts = np.zeros(2)
-    for seed in range(4000):
-        child = int((q.log() + gumbel_noise(4000 + seed, 0, 2)).argmax())
-        tree = TokenTree((0, child), (-1, 0), {0: q}) if q[child] > 0.5 else TokenTree.root_only(0)
-        accepted = accept(MSS, MergedDraft.single(tree), lambda _node, _path: log_p, seed=seed, position=1)
-        counts[accepted.token_ids[0]] += 1
-    assert chi_square_p_value(counts, np.array([0.4, 0.6])) < ALPHA
+    """Dropping drawn children that look unlikely: the mistake that best-first growth must not make."""
+    likely = [[token for token in row if Q[token] > 0.2] for row in draws(Q, 1, 2)]
+    assert chi_square_p_value(first_tokens(P, [(Q, likely)]), np.array(P)) < ALPHA
 
 
 def test_children_that_were_not_drawn_do_not_bias_mss() -> None:
     """A top-k tree under MSS is treated as the naive rule treats it."""
     tops = static_drafter(AcceptanceRule.NAIVE, SMALL[:1], (2, 2))
-    counts = joint_counts(MSS, LLM, tops, 2, 2000)
+    counts = joint_counts(MSS, LLM, tops, 2, 1500)
     assert chi_square_p_value(counts, exact_joint(LLM, 2)) > ALPHA
