@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -93,7 +94,12 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
         if requested == "triton":
             raise BackendUnavailable(reason)
         return _torch_backend(device, reason)
-    return _torch_backend(device, "the triton kernels are not there yet")
+    # Imported here because triton has wheels for some platforms only.
+    from kernels.kv_compaction import triton as triton_compaction
+    from kernels.tree_attention import triton as triton_attention
+
+    reason = f"triton {version('triton')}"
+    return _composed_backend("triton", reason, device, triton_attention.tree_attention, triton_compaction.kv_compaction)
 
 
 def _native_backend(reason: str) -> Backend:

@@ -1,0 +1,55 @@
+"""Runs the cases of the Triton kernels in processes of their own: in Triton's interpreter, through its compiler and,
+where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run_cases(cases: str, at_least: int, interpret: bool = False) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(HERE / cases), "-p", "no:cacheprovider"],
+        cwd=HERE.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= at_least
+    assert "skipped" not in done.stdout
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton has no wheel for this platform")
+
+
+@needs_triton
+def test_in_the_interpreter() -> None:
+    run_cases("triton_cases.py", at_least=40, interpret=True)
+
+
+@needs_triton
+def test_for_gpus_that_are_not_there() -> None:
+    run_cases("triton_compilation.py", at_least=6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu() -> None:
+    run_cases("triton_cases.py", at_least=40)
