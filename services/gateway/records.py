@@ -37,7 +37,9 @@ from redis.exceptions import RedisError
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 32
+# How long a burst of requests may wait for one of them.
+POOL_TIMEOUT_S = 5.0
 FLUSH_INTERVAL_S = 0.05
 # Between attempts to write while Redis is away.
 AWAY_INTERVAL_S = 1.0
@@ -106,7 +108,7 @@ class Records:
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
-            timeout=timeout_s,
+            timeout=POOL_TIMEOUT_S,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 1),  # for a connection that was closed while it was idle

@@ -40,7 +40,10 @@ def byte_fallback_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class RunningGateway:
-    """A gateway in a thread of its own, and what a test may do to it."""
+    """A gateway in a thread of its own, and what a test may do to it.
+
+    client: OpenAI's SDK, without its retries.
+    """
 
     url: str
     verifier: str
@@ -49,10 +52,7 @@ class RunningGateway:
     tokenizer: Tokenizer
     lifecycle: Lifecycle
     loop: asyncio.AbstractEventLoop
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        """OpenAI's SDK, without its retries."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=10, **options)
+    client: openai.OpenAI
 
     def get(self, path: str) -> httpx.Response:
         """The answer to a GET."""
@@ -129,7 +129,9 @@ def gateway_starter(
             lifecycle, loop = stack.enter_context(in_thread(context))
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             url = f"http://127.0.0.1:{port}"
-            return RunningGateway(url, settings["verifier"], script, servicer, tokenizer, lifecycle, loop)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=10)
+            stack.enter_context(client)
+            return RunningGateway(url, settings["verifier"], script, servicer, tokenizer, lifecycle, loop, client)
 
         yield start
 

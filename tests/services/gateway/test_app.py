@@ -11,7 +11,7 @@ from tests.services.gateway.conftest import RunningGateway, wait_until
 
 
 def test_models(gateway: RunningGateway) -> None:
-    client = gateway.client()
+    client = gateway.client
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("scripted", "model", "specserve")
     assert client.models.retrieve("scripted") == model
@@ -71,7 +71,7 @@ def test_ready_names_the_missing_part(
 def test_metrics(gateway: RunningGateway) -> None:
     gateway.says("hello there")
     gateway.script.step_size = 3
-    gateway.client().completions.create(model="scripted", prompt="x")
+    gateway.client.completions.create(model="scripted", prompt="x")
     wait_until(lambda: 'gateway_requests_total{status="200"} 1.0' in gateway.get("/metrics").text)
     values = dict(line.rsplit(" ", 1) for line in gateway.get("/metrics").text.splitlines() if line[0] != "#")
     tokens, steps = (float(values[f"specserve_gateway_{name}_total"]) for name in ("completion_tokens", "llm_steps"))
@@ -94,6 +94,6 @@ def test_a_fault_of_the_gateway_has_openais_shape(gateway: RunningGateway, monke
 
     monkeypatch.setattr("services.gateway.exchange.plan_completion", broken)
     with pytest.raises(openai.InternalServerError) as caught:
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     assert caught.value.code == "internal_error"
     assert "a fault" not in caught.value.message

@@ -19,7 +19,7 @@ TEXT = " count: 1, 2, 3 日本語 😀😀 and more"
 
 def test_a_completion(gateway: RunningGateway) -> None:
     gateway.says(TEXT)
-    completion = gateway.client().completions.create(model="scripted", prompt="Once upon", max_tokens=100)
+    completion = gateway.client.completions.create(model="scripted", prompt="Once upon", max_tokens=100)
     assert completion.object == "text_completion"
     assert completion.id.startswith("cmpl-")
     assert completion.system_fingerprint is not None
@@ -35,7 +35,7 @@ def test_a_completion(gateway: RunningGateway) -> None:
 
 def test_the_default_length_is_16_tokens(gateway: RunningGateway) -> None:
     gateway.says(TEXT)
-    completion = gateway.client().completions.create(model="scripted", prompt="x")
+    completion = gateway.client.completions.create(model="scripted", prompt="x")
     assert completion.choices[0].finish_reason == "length"
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 16
@@ -46,7 +46,7 @@ def test_a_stream_gives_the_same_text(gateway: RunningGateway, step_size: int) -
     gateway.says(TEXT)
     gateway.script.step_size = step_size
     events = list(
-        gateway.client().completions.create(
+        gateway.client.completions.create(
             model="scripted", prompt="x", max_tokens=100, stream=True, stream_options={"include_usage": True}
         )
     )
@@ -63,7 +63,7 @@ def test_a_stream_gives_the_same_text(gateway: RunningGateway, step_size: int) -
 
 def test_a_stream_has_no_usage_unless_asked(gateway: RunningGateway) -> None:
     gateway.says("hello")
-    events = list(gateway.client().completions.create(model="scripted", prompt="x", stream=True))
+    events = list(gateway.client.completions.create(model="scripted", prompt="x", stream=True))
     assert all(event.usage is None and event.choices for event in events)
 
 
@@ -84,7 +84,7 @@ def test_a_batch_with_several_choices(gateway: RunningGateway) -> None:
 
     gateway.script.reply = reply
     prompts = ["one", "two"]
-    completion = gateway.client().completions.create(model="scripted", prompt=prompts, n=3, seed=5)
+    completion = gateway.client.completions.create(model="scripted", prompt=prompts, n=3, seed=5)
     seeds = [choice_seed(5, choice) for choice in range(3)]
     assert seeds[0] == 5
     assert len(set(seeds)) == 3
@@ -94,7 +94,7 @@ def test_a_batch_with_several_choices(gateway: RunningGateway) -> None:
     assert completion.usage is not None
     assert completion.usage.prompt_tokens == sum(len(gateway.tokenizer.encode(prompt).ids) for prompt in prompts)
     streamed = dict.fromkeys(range(6), "")
-    for event in gateway.client().completions.create(model="scripted", prompt=prompts, n=3, seed=5, stream=True):
+    for event in gateway.client.completions.create(model="scripted", prompt=prompts, n=3, seed=5, stream=True):
         [choice] = event.choices
         streamed[choice.index] += choice.text
     assert list(streamed.values()) == expected
@@ -102,14 +102,14 @@ def test_a_batch_with_several_choices(gateway: RunningGateway) -> None:
 
 @pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7]], [[5, 6, 7], [8]]])
 def test_prompts_of_token_ids(gateway: RunningGateway, prompt: list[int] | list[list[int]]) -> None:
-    gateway.client().completions.create(model="scripted", prompt=prompt)
+    gateway.client.completions.create(model="scripted", prompt=prompt)
     sent = sorted(list(request.prompt_token_ids) for request in gateway.script.requests)
     assert sent in ([[5, 6, 7]], [[5, 6, 7], [8]])
     assert len(sent) == (2 if prompt == [[5, 6, 7], [8]] else 1)
 
 
 def test_parameters_reach_the_verifier(gateway: RunningGateway) -> None:
-    gateway.client().completions.create(
+    gateway.client.completions.create(
         model="scripted",
         prompt="x",
         max_tokens=7,
@@ -134,7 +134,7 @@ def test_parameters_reach_the_verifier(gateway: RunningGateway) -> None:
 
 
 def test_requests_without_a_seed_differ(gateway: RunningGateway) -> None:
-    gateway.client().completions.create(model="scripted", prompt=["x", "x"])
+    gateway.client.completions.create(model="scripted", prompt=["x", "x"])
     assert len({request.sampling.seed for request in gateway.script.requests}) == 2
 
 
@@ -144,7 +144,7 @@ def test_a_stop_string_across_tokens(gateway: RunningGateway, step_size: int, st
     gateway.says("one two three four five six seven")
     gateway.script.step_size = step_size
     gateway.script.delay_s = 0.01
-    client = gateway.client().completions
+    client = gateway.client.completions
     if stream:
         events = list(
             client.create(model="scripted", prompt="x", max_tokens=100, stop=["ee fo"], stream=True, logprobs=0)
@@ -174,27 +174,27 @@ def test_a_stop_string_across_tokens(gateway: RunningGateway, step_size: int, st
 def test_a_stop_string_ends_the_generation(gateway: RunningGateway) -> None:
     gateway.says("a b STOP" + " more" * 30)
     gateway.script.delay_s = 0.02
-    gateway.client().completions.create(model="scripted", prompt="x", max_tokens=200, stop="STOP")
+    gateway.client.completions.create(model="scripted", prompt="x", max_tokens=200, stop="STOP")
     [request] = gateway.script.requests
     assert gateway.script.cancelled[request.request_id].wait(2)
 
 
 def test_text_that_only_resembles_a_stop_string_is_kept(gateway: RunningGateway) -> None:
     gateway.says("an EN", end=False)
-    completion = gateway.client().completions.create(model="scripted", prompt="x", stop="END", max_tokens=100)
+    completion = gateway.client.completions.create(model="scripted", prompt="x", stop="END", max_tokens=100)
     assert (completion.choices[0].text, completion.choices[0].finish_reason) == ("an EN", "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo(gateway: RunningGateway, stream: bool) -> None:
     gateway.says(" 日本")
-    result = gateway.client().completions.create(model="scripted", prompt="Grüße 😀", echo=True, stream=stream)
+    result = gateway.client.completions.create(model="scripted", prompt="Grüße 😀", echo=True, stream=stream)
     events = [result] if isinstance(result, Completion) else list(result)
     assert "".join(event.choices[0].text for event in events) == "Grüße 😀 日本"
 
 
 def test_echo_of_the_prompt_alone(gateway: RunningGateway) -> None:
-    completion = gateway.client().completions.create(model="scripted", prompt="Grüße", echo=True, max_tokens=0)
+    completion = gateway.client.completions.create(model="scripted", prompt="Grüße", echo=True, max_tokens=0)
     assert (completion.choices[0].text, completion.choices[0].finish_reason) == ("Grüße", "length")
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 0
@@ -205,11 +205,9 @@ def test_echo_of_the_prompt_alone(gateway: RunningGateway) -> None:
 def test_echo_with_logprobs_reports_the_prompt(gateway: RunningGateway, max_tokens: int) -> None:
     gateway.says(" then 日本")
     prompt = "Once upon 日本"
-    [choice] = (
-        gateway.client()
-        .completions.create(model="scripted", prompt=prompt, echo=True, logprobs=2, max_tokens=max_tokens)
-        .choices
-    )
+    [choice] = gateway.client.completions.create(
+        model="scripted", prompt=prompt, echo=True, logprobs=2, max_tokens=max_tokens
+    ).choices
     expected = prompt + (" then 日本" if max_tokens else "")
     assert choice.text == expected
     report = choice.logprobs
@@ -229,7 +227,7 @@ def test_echo_with_logprobs_reports_the_prompt(gateway: RunningGateway, max_toke
 
 def test_logprobs_without_echo_count_offsets_from_the_prompt(gateway: RunningGateway) -> None:
     gateway.says("ab")
-    [choice] = gateway.client().completions.create(model="scripted", prompt="12345", logprobs=5).choices
+    [choice] = gateway.client.completions.create(model="scripted", prompt="12345", logprobs=5).choices
     assert choice.logprobs is not None
     assert choice.logprobs.tokens == ["a", "b", "<|endoftext|>"]
     assert choice.logprobs.text_offset == [5, 6, 7]
@@ -242,7 +240,7 @@ def test_first_piece_does_not_wait_for_the_rest(gateway: RunningGateway) -> None
     gateway.says("word " * 20)
     gateway.script.delay_s = 0.05
     began = time.monotonic()
-    stream = gateway.client().completions.create(model="scripted", prompt="x", max_tokens=100, stream=True)
+    stream = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100, stream=True)
     next(iter(stream))
     assert time.monotonic() - began < 0.5
     stream.close()

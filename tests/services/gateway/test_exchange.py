@@ -58,7 +58,7 @@ def test_a_full_queue(gateway: RunningGateway, stream: bool, retry_after_ms: str
     full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "8 requests wait", {"retry-after-ms": retry_after_ms})
     gateway.script.refusal = full
     with pytest.raises(openai.RateLimitError, match="8 requests wait") as caught:
-        gateway.client().completions.create(model="scripted", prompt="x", stream=stream)
+        gateway.client.completions.create(model="scripted", prompt="x", stream=stream)
     assert caught.value.response.headers["retry-after"] == seconds
     assert (caught.value.type, caught.value.code) == ("rate_limit_error", "queue_full")
 
@@ -77,7 +77,7 @@ def test_what_the_verifier_refuses_is_not_retried(
 ) -> None:
     gateway.script.refusal = StatusError(code, "scripted refusal")
     with pytest.raises(openai.APIStatusError) as caught:
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     assert (caught.value.status_code, caught.value.code) == (status, name)
     assert len(gateway.script.requests) == 1
 
@@ -88,7 +88,7 @@ def test_one_refused_choice_cancels_the_others(gateway: RunningGateway, announce
     gateway.script.announce = announce
     gateway.script.refuse_behind = 2
     with pytest.raises(openai.RateLimitError):
-        gateway.client().completions.create(model="scripted", prompt="x", n=3, max_tokens=200, stream=True)
+        gateway.client.completions.create(model="scripted", prompt="x", n=3, max_tokens=200, stream=True)
     for request in gateway.script.requests[:2]:
         assert gateway.script.cancelled[request.request_id].wait(2)
 
@@ -97,7 +97,7 @@ def test_no_verifier(start_gateway: Callable[..., RunningGateway], free_port: Ca
     gateway = start_gateway(verifier=f"127.0.0.1:{free_port()}")
     began = time.monotonic()
     with pytest.raises(openai.APIStatusError) as caught:
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     assert (caught.value.status_code, caught.value.code) == (503, "verifier_unavailable")
     assert "retry-after" in caught.value.response.headers
     assert time.monotonic() - began < 3
@@ -106,7 +106,7 @@ def test_no_verifier(start_gateway: Callable[..., RunningGateway], free_port: Ca
 def test_no_redis(start_gateway: Callable[..., RunningGateway], free_port: Callable[[], int]) -> None:
     gateway = start_gateway(redis_url=f"redis://127.0.0.1:{free_port()}/0")
     with pytest.raises(openai.APIStatusError) as caught:
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     assert (caught.value.status_code, caught.value.code) == (503, "records_unavailable")
     assert gateway.script.requests == []
 
@@ -123,7 +123,7 @@ def test_a_request_that_takes_too_long(start_gateway: Callable[..., RunningGatew
         assert json.loads(last)["error"]["code"] == "timeout"
     else:
         with pytest.raises(openai.APIStatusError) as caught:
-            gateway.client().completions.create(model="scripted", prompt="x", max_tokens=200)
+            gateway.client.completions.create(model="scripted", prompt="x", max_tokens=200)
         assert (caught.value.status_code, caught.value.code) == (504, "timeout")
     [request] = gateway.script.requests
     assert gateway.script.cancelled[request.request_id].wait(2)
@@ -132,7 +132,7 @@ def test_a_request_that_takes_too_long(start_gateway: Callable[..., RunningGatew
 def test_the_sdk_raises_an_error_in_mid_stream(gateway: RunningGateway) -> None:
     gateway.script.reply = lambda request: [300] * 5
     gateway.script.failure = StatusError(grpc.StatusCode.INTERNAL, "scripted failure")
-    events = iter(gateway.client().completions.create(model="scripted", prompt="x", stream=True, max_tokens=9))
+    events = iter(gateway.client.completions.create(model="scripted", prompt="x", stream=True, max_tokens=9))
     assert next(events).choices[0].text
     with pytest.raises(openai.APIError, match="scripted failure"):
         list(events)
@@ -142,7 +142,7 @@ def test_an_answer_that_breaks_the_protocol(gateway: RunningGateway) -> None:
     gateway.script.reply = lambda request: [300] * 5
     gateway.script.finish = False
     with pytest.raises(openai.APIStatusError, match="without a finish reason") as caught:
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     assert caught.value.status_code == 502
 
 

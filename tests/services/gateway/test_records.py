@@ -45,7 +45,7 @@ def test_a_finished_request(gateway: RunningGateway, database: redis.Redis) -> N
     reply = [300, 301, 302, 0]
     gateway.script.reply = lambda request: reply
     before = time.time()
-    completion = gateway.client().completions.create(model="scripted", prompt=[[5, 6], [7]], n=2, seed=9, stop="never")
+    completion = gateway.client.completions.create(model="scripted", prompt=[[5, 6], [7]], n=2, seed=9, stop="never")
     wait_until(lambda: record(database, completion.id)["state"] == "finished")
     fields = record(database, completion.id)
     assert before <= float(fields["created"]) <= float(fields["first_token"]) <= float(fields["ended"]) <= time.time()
@@ -67,7 +67,7 @@ def test_a_finished_request(gateway: RunningGateway, database: redis.Redis) -> N
 def test_tokens_so_far_and_a_client_that_leaves(gateway: RunningGateway, database: redis.Redis) -> None:
     gateway.script.reply = lambda request: list(range(300, 400))
     gateway.script.delay_s = 0.02
-    stream = gateway.client().completions.create(model="scripted", prompt="x", max_tokens=100, stream=True)
+    stream = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100, stream=True)
     request_id = next(iter(stream)).id
     assert record(database, request_id)["state"] == "running"
     wait_until(lambda: bool(database.exists(tokens_key(request_id, 0))))
@@ -82,7 +82,7 @@ def test_a_failed_request(gateway: RunningGateway, database: redis.Redis) -> Non
     gateway.script.lost_after, gateway.script.losses = 0, 1000
     gateway.script.refuse_behind = 0
     with pytest.raises(openai.RateLimitError):
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     fields = record(database, only_record(database))
     assert fields["state"] == "failed"
     assert "queue is full" in fields["error"]
@@ -90,7 +90,7 @@ def test_a_failed_request(gateway: RunningGateway, database: redis.Redis) -> Non
 
 def test_a_refused_request_leaves_no_record(gateway: RunningGateway, database: redis.Redis) -> None:
     with pytest.raises(openai.BadRequestError):
-        gateway.client().completions.create(model="scripted", prompt="x", temperature=3)
+        gateway.client.completions.create(model="scripted", prompt="x", temperature=3)
     assert database.keys("*") == []
 
 
@@ -216,7 +216,7 @@ def test_a_stream_goes_on_without_redis(
         gateway.script.delay_s = 0.02
         wait_until(lambda: gateway.get("/ready").status_code == 200)
         shown = ""
-        for event in gateway.client().completions.create(model="scripted", prompt="x", stream=True, max_tokens=99):
+        for event in gateway.client.completions.create(model="scripted", prompt="x", stream=True, max_tokens=99):
             if not shown:
                 process.terminate()
                 process.wait(5)

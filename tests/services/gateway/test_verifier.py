@@ -27,7 +27,7 @@ TEXT = "one two three four five six seven 日本語 😀"
 def test_the_text_goes_on_after_a_loss(gateway: RunningGateway, stream: bool, lost_after: int) -> None:
     gateway.says(TEXT)
     gateway.script.lost_after, gateway.script.losses = lost_after, 1
-    result = gateway.client().completions.create(
+    result = gateway.client.completions.create(
         model="scripted",
         prompt="x",
         max_tokens=100,
@@ -55,7 +55,7 @@ def test_attempts_are_bounded(start_gateway: Callable[..., RunningGateway]) -> N
     gateway.says(TEXT)
     gateway.script.lost_after, gateway.script.losses = 3, 100
     with pytest.raises(openai.APIStatusError) as caught:
-        gateway.client().completions.create(model="scripted", prompt="x", max_tokens=100)
+        gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
     assert (caught.value.status_code, caught.value.code) == (503, "verifier_unavailable")
     # every attempt begins behind token 3, so none makes progress
     assert len(gateway.script.requests) == 3
@@ -65,7 +65,7 @@ def test_progress_renews_the_attempts(start_gateway: Callable[..., RunningGatewa
     gateway = start_gateway(resume_attempts=1)
     gateway.says(TEXT)
     gateway.script.lost_after, gateway.script.losses, gateway.script.loss_distance = 3, 4, 2
-    completion = gateway.client().completions.create(model="scripted", prompt="x", max_tokens=100)
+    completion = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
     assert completion.choices[0].text == TEXT
     assert len(gateway.script.requests) == 5
 
@@ -89,7 +89,7 @@ def test_a_killed_verifier_and_its_successor(
     tokenizer = Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
     reply = [*tokenizer.encode(TEXT).ids, 0]
     gateway = start_gateway(verifier=f"127.0.0.1:{port}")
-    client = gateway.client()
+    client = gateway.client
 
     def served() -> bool:
         try:
@@ -115,7 +115,7 @@ def test_a_successor_with_another_model_does_not_go_on(gateway: RunningGateway) 
     gateway.says(TEXT)
     gateway.script.delay_s = 0.05
     gateway.script.lost_after, gateway.script.losses = 3, 1
-    stream = gateway.client().completions.create(model="scripted", prompt="x", max_tokens=100, stream=True)
+    stream = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100, stream=True)
     next(iter(stream))
     gateway.servicer.facts = replace(gateway.servicer.facts, model="another")
     with pytest.raises(openai.APIError, match="now serves another"):
@@ -128,7 +128,7 @@ def test_a_verifier_that_does_not_come_back(start_gateway: Callable[..., Running
     gateway.script.lost_after, gateway.script.losses = 3, 100
     began = time.monotonic()
     with pytest.raises(openai.APIStatusError, match="unavailable"):
-        gateway.client().completions.create(model="scripted", prompt="x", max_tokens=100)
+        gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
     assert time.monotonic() - began < 2
 
 
@@ -137,7 +137,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(
 ) -> None:
     gateway = start_gateway(facts={"tokenizer_hash": "f00d"})
     with pytest.raises(openai.APIStatusError) as caught:
-        gateway.client().completions.create(model="scripted", prompt="x")
+        gateway.client.completions.create(model="scripted", prompt="x")
     assert (caught.value.status_code, caught.value.code) == (503, "model_mismatch")
     assert "f00d" in caught.value.message
     assert tokenizer_hash(byte_level_folder) in caught.value.message
