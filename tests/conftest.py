@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,7 @@ import pytest
 import redis
 
 from services.launcher.redis_server import find_redis_server, redis_command
+from tests import ports
 
 REDIS_START_TIMEOUT_S = 10.0
 
@@ -21,13 +21,7 @@ REDIS_START_TIMEOUT_S = 10.0
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """Gives a loopback port that nobody listens on."""
-
-    def choose() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return choose
+    return ports.free_port
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
@@ -24,16 +23,11 @@ from services.speculator.server import serve as serve_speculator
 from services.speculator.settings import SpeculatorSettings
 from services.verifier.server import serve as serve_verifier
 from services.verifier.settings import VerifierSettings
+from tests.ports import free_port
 
 S = TypeVar("S", bound=ServiceSettings)
 
 TIMEOUT_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Services:

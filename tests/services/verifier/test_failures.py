@@ -19,7 +19,8 @@ from runtime.transformer import Transformer
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.model_files import tokenizer_hash
-from tests.services.harness import Services, Verifier, free_port, request, status_of
+from tests.ports import free_port
+from tests.services.harness import Services, Verifier, request, status_of
 from tests.tiny_models import CONTEXT, VOCAB, hugging_face_greedy, write_model
 
 PROMPT = [5, 17, 60, 3]

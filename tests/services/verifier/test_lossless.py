@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.services.harness import Services, Verifier, free_port
+from tests.ports import free_port
+from tests.services.harness import Services, Verifier
 from tests.tiny_models import CONTEXT, SHAPES, VOCAB, hugging_face_greedy, write_model, write_relative
 
 NEW_TOKENS = 40
