@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import torch
 
-from speculation.expansion import ChildSelection
+from speculation.children import ChildSelection
 from speculation.merge import MergedDraft
 from speculation.noise import gumbel_noise, uniform
 from speculation.sampling import SamplingParams

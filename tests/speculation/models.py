@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from speculation.acceptance import AcceptanceRule, Accepted, accept
-from speculation.expansion import BestFirstExpansion, ChildPolicy, Expansion, StaticExpansion
+from speculation.children import ChildPolicy
+from speculation.expansion import BestFirstExpansion, Expansion, StaticExpansion
 from speculation.merge import MergedDraft, merge_trees
 from speculation.tree import TokenTree
 

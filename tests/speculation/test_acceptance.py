@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speculation.acceptance import AcceptanceRule, Accepted, accept, accept_chosen, choose_tokens, resolve_rule
-from speculation.expansion import ChildPolicy, ChildSelection, StaticExpansion
+from speculation.children import ChildPolicy, ChildSelection
+from speculation.expansion import StaticExpansion
 from speculation.merge import MergedDraft, merge_trees
 from speculation.noise import gumbel_noise
 from speculation.sampling import SamplingParams

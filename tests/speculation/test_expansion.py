@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speculation.acceptance import AcceptanceRule
-from speculation.expansion import BestFirstExpansion, ChildPolicy, ChildSelection, Expansion, StaticExpansion
+from speculation.children import ChildPolicy, ChildSelection
+from speculation.expansion import BestFirstExpansion, Expansion, StaticExpansion
 from speculation.merge import MergedDraft
 from speculation.noise import gumbel_noise
+from speculation.tree import MAX_NODES
 from tests.speculation.models import grow, markov_model, perturbed, step
 from tests.speculation.statistics import ALPHA, chi_square_p_value
 from tests.speculation.trees import token_paths
@@ -137,6 +139,22 @@ def test_hopeless_nodes_cost_no_step() -> None:
     assert evaluations(0.9, root=1) == 1, "from the unsure root on, only the root"
     assert evaluations(0.9, root=0) == 3, ".96, .96^2 = .92, but not .96^3 = .88"
     assert evaluations(0.0, root=1) > 20
+
+
+def test_more_candidates_than_a_tree_may_have() -> None:
+    builder = BestFirstExpansion(0, 1, ChildPolicy(TOP), max_nodes=100, max_depth=6)
+    tree = grow(builder, markov_model(0, 200, 0.1))
+    assert len(builder.token_ids) > MAX_NODES
+    assert len(tree) == 101
+
+
+def test_rounding_keeps_parents() -> None:
+    """Log-probabilities a little above 0, as rounding leaves them in a certain model."""
+    certain = torch.full((3, 3), -50.0)
+    certain.fill_diagonal_(1e-6)
+    for max_nodes in range(1, 6):
+        builder = BestFirstExpansion(2, 1, ChildPolicy(TOP), max_nodes=max_nodes, max_depth=5)
+        assert grow(builder, certain).parents == tuple(range(-1, max_nodes))
 
 
 def test_beam_bounds_a_level() -> None:

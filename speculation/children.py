@@ -1,0 +1,85 @@
+"""Which tokens become the children of a node, and how sure the draft is of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from speculation.noise import derive_seed, gumbel_noise
+
+
+class ChildSelection(StrEnum):
+    """How the children of a node are chosen.
+
+    TOP: the most likely tokens.
+    SHARED_NOISE: the most likely ones after adding the noise that the verifier will add.
+    SAMPLED: drawn without replacement; the distributions that they were drawn from are kept.
+    """
+
+    TOP = "top"
+    SHARED_NOISE = "shared-noise"
+    SAMPLED = "sampled"
+
+
+@dataclass(frozen=True)
+class ChildPolicy:
+    """How a builder chooses children, and how sure it is of them.
+
+    seed: the request's.
+    stream: SAMPLED only; keeps the draws apart of models whose trees are merged. Two models of one request must not
+        share it: their draws would depend on each other and bias multi-step speculative sampling.
+    disagreement: typical scale of log p - log q between the LLM and the small model, which turns scores into
+        confidences; it steers the shape of trees, never the output.
+    """
+
+    selection: ChildSelection
+    seed: int = 0
+    stream: int = 0
+    disagreement: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.disagreement <= 100:
+            raise ValueError(f"disagreement is {self.disagreement}; it must be in 0.01..100")
+
+
+def rank_children(
+    policy: ChildPolicy, log_probs: torch.Tensor, position: int, width: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The `width` first children of each row of log_probs [n, vocab], best or drawn first, and their confidences.
+
+    A confidence is the log of the estimated probability that the child is the token that will be accepted, given that
+    its parent is; -inf where the row has no such child. In every row they fall.
+    """
+    scores = log_probs
+    if policy.selection is ChildSelection.SHARED_NOISE:
+        scores = log_probs + gumbel_noise(policy.seed, position, log_probs.shape[1], log_probs.device)
+    elif policy.selection is ChildSelection.SAMPLED:
+        # The largest values of log q + Gumbel noise, in order, are draws from q without replacement.
+        seed = derive_seed(policy.seed, 1 + policy.stream)
+        scores = log_probs + gumbel_noise(seed, position, log_probs.shape[1], log_probs.device)
+    best = scores.topk(width)
+    confidences = best.values
+    if policy.selection is ChildSelection.SHARED_NOISE:
+        # If log p - log q is Gumbel noise of scale b, then P(argmax(log p + g) = x) = softmax((log q + g) / b)_x
+        scaled = scores / policy.disagreement
+        confidences = best.values / policy.disagreement - scaled.logsumexp(-1, keepdim=True)
+    elif policy.selection is ChildSelection.SAMPLED:
+        confidences = _draw_confidences(policy, log_probs, best.values)
+    return best.indices.tolist(), confidences.tolist()
+
+
+def _draw_confidences(policy: ChildPolicy, log_probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Confidences [n, width] of drawn children: by rank, since they must not depend on the tokens drawn.
+
+    draws: the perturbed log-probabilities of the draws [n, width]; only their being -inf is used, which says that the
+        distribution has fewer tokens than the width, whatever was drawn.
+    """
+    # The first draw is accepted with probability 1 - TV(p, q) (SpecInfer, section 4.3). If log p - log q is Gumbel
+    # noise of scale b <= 1, TV is about 0.6 b (1 - sum q^2); of what it leaves, later draws get about 1/4, 1/8, ..
+    rejected = (1 - log_probs.exp().square().sum(-1, keepdim=True)).clamp(min=0) * min(0.6 * policy.disagreement, 0.6)
+    shares = torch.full((draws.shape[1],), 0.5, device=draws.device).cumprod(0) / 2
+    confidences = (rejected * shares).log()
+    confidences[:, 0] = (1 - rejected[:, 0]).log()
+    return confidences.masked_fill(draws == -torch.inf, -torch.inf)
