@@ -143,7 +143,7 @@ def test_hopeless_nodes_cost_no_step() -> None:
 
 def test_more_candidates_than_a_tree_may_have() -> None:
     builder = BestFirstExpansion(0, 1, ChildPolicy(TOP), max_nodes=100, max_depth=6)
-    tree = grow(builder, markov_model(0, 200, 0.1))
+    tree = grow(builder, markov_model(0, 200, 3.0))
     assert len(builder.token_ids) > MAX_NODES
     assert len(tree) == 101
 
