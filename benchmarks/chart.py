@@ -1,0 +1,36 @@
+"""The picture beside the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks.summary import Row
+
+OURS, THEIRS = "#2b6cb0", "#a0aec0"
+
+
+def draw_chart(rows: Sequence[Row], path: Path) -> None:
+    """Bars of milliseconds per token, with quartiles, and of tokens per LLM step; the same rows give the same bytes."""
+    labels = [row.configuration.key for row in rows]
+    colors = [OURS if row.configuration.engine == "specserve" else THEIRS for row in rows]
+    times = [row.ms_per_token for row in rows]
+    spread = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
+    # Text stays text: the file is small, and diffs can be read.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "specserve", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(9, 0.42 * len(rows) + 1.0), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        bars = left.barh(labels, [t.median for t in times], xerr=spread, color=colors, ecolor="#4a5568", capsize=2)
+        left.bar_label(bars, fmt="%.2f", padding=6, fontsize=8)
+        left.set_title("ms per token (median, quartiles)", fontsize=9)
+        left.invert_yaxis()
+        bars = right.barh(labels, [row.tokens_per_step for row in rows], color=colors)
+        right.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        right.set_title("tokens per LLM step", fontsize=9)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.margins(x=0.15)
+        figure.savefig(path, format="svg", metadata={"Date": None})

@@ -1,0 +1,136 @@
+"""Clients that time one stream: HTTP through the gateway, gRPC straight to the verifier.
+
+They share the machine with what they measure, so they only take times while the stream runs and parse afterwards.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+
+from benchmarks.samples import Answer
+from protos.tree_pb2 import ModelInfoRequest, SamplingParams
+from protos.verifier_pb2 import GenerateRequest
+from protos.verifier_pb2_grpc import VerifierStub
+from services.common.model_files import resolve_model
+from services.gateway.detokenizer import Detokenizer
+from services.gateway.tokenizer import GatewayTokenizer
+
+TIMEOUT_S = 300.0
+DATA = b"data: "
+DONE = b"data: [DONE]"
+
+
+class RequestFailed(RuntimeError):
+    """The server refused or broke off a request; the message says why."""
+
+
+@dataclass(frozen=True)
+class GatewayClient:
+    """Greedy streaming completions of one model at `url`."""
+
+    url: str
+    model: str
+
+    def complete(self, prompt: str, new_tokens: int) -> Answer:
+        """Stream one completion.
+
+        Raises:
+            RequestFailed: an error status or event, or a stream without an end.
+        """
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=TIMEOUT_S)
+        try:
+            started = time.perf_counter()
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != http.client.OK:
+                raise RequestFailed(f"{self.url} answered {response.status}: {response.read()[:500].decode()}")
+            lines, times = _read_events(response)
+            total_s = time.perf_counter() - started
+        finally:
+            connection.close()
+        return _parse([json.loads(line[len(DATA) :]) for line in lines], times[0] - started, total_s)
+
+
+def _read_events(response: http.client.HTTPResponse) -> tuple[list[bytes], list[float]]:
+    lines: list[bytes] = []
+    times: list[float] = []
+    for line in response:
+        if line.startswith(DONE):
+            if not lines:
+                raise RequestFailed("the stream ended without an event")
+            return lines, times
+        if line.startswith(DATA):
+            times.append(time.perf_counter())
+            lines.append(line)
+    raise RequestFailed("the server ended the stream before its end")
+
+
+def _parse(events: list[dict[str, Any]], first_token_s: float, total_s: float) -> Answer:
+    if errors := [event["error"]["message"] for event in events if "error" in event]:
+        raise RequestFailed(errors[0])
+    pieces = [choice["text"] for event in events for choice in event["choices"]]
+    usage = events[-1]["usage"]
+    return Answer(
+        text="".join(pieces),
+        tokens=usage["completion_tokens"],
+        events=len(pieces),
+        llm_steps=usage["llm_steps"],
+        first_token_s=first_token_s,
+        total_s=total_s,
+    )
+
+
+class VerifierClient:
+    """Greedy completions straight from the verifier, with the gateway's tokenizer outside of the measured time."""
+
+    def __init__(self, channel: grpc.Channel, llm: str) -> None:
+        self._stub = VerifierStub(channel)
+        self._tokenizer = GatewayTokenizer.from_folder(Path(resolve_model(llm)))
+        self._stop = self._stub.GetModelInfo(ModelInfoRequest(), timeout=TIMEOUT_S).eos_token_ids
+
+    def complete(self, prompt: str, new_tokens: int) -> Answer:
+        """Stream one completion."""
+        request = GenerateRequest(
+            request_id="benchmark",
+            prompt_token_ids=self._tokenizer.encode(prompt),
+            max_new_tokens=new_tokens,
+            stop_token_ids=self._stop,
+            sampling=SamplingParams(temperature=0, top_p=1, repetition_penalty=1),
+        )
+        started = time.perf_counter()
+        responses, times = [], []
+        for response in self._stub.Generate(request, timeout=TIMEOUT_S):
+            times.append(time.perf_counter())
+            responses.append(response)
+        total_s = time.perf_counter() - started
+        tokens = [token for response in responses for token in response.token_ids]
+        return Answer(
+            text=self._text(request.prompt_token_ids, tokens),
+            tokens=len(tokens),
+            events=len(responses),
+            llm_steps=responses[-1].llm_steps,
+            first_token_s=times[0] - started,
+            total_s=total_s,
+        )
+
+    def _text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        detokenizer = Detokenizer(self._tokenizer)
+        detokenizer.push_all(prompt)
+        return detokenizer.push_all(tokens) + detokenizer.finish()

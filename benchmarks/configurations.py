@@ -1,0 +1,62 @@
+"""What is compared: ways to answer the same prompts with the same models."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Engine = Literal["specserve", "transformers"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table.
+
+    key: short name, for charts and raw numbers. title: for the table.
+    drafts: whether the small models take part.
+    verifier: settings of the verifier that differ from its defaults (specserve).
+    dtype: of weights and arithmetic (transformers).
+    """
+
+    key: str
+    title: str
+    engine: Engine
+    drafts: bool
+    verifier: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+
+
+PLAIN = Configuration("plain", "SpecServe, plain decoding", "specserve", drafts=False)
+BEST_FIRST = Configuration("tree", "SpecServe, tree speculation, best-first (the default)", "specserve", drafts=True)
+HF = Configuration("hf", "Hugging Face `generate`, fp32", "transformers", drafts=False)
+HF_ASSISTED = Configuration("hf-assisted", "Hugging Face assisted `generate`, fp32", "transformers", drafts=True)
+HF_BF16 = Configuration("hf-bf16", "Hugging Face `generate`, bf16", "transformers", drafts=False, dtype="bfloat16")
+HF_ASSISTED_BF16 = Configuration(
+    "hf-assisted-bf16", "Hugging Face assisted `generate`, bf16", "transformers", drafts=True, dtype="bfloat16"
+)
+
+
+def static_drafts(widths: Sequence[int]) -> dict[str, Any]:
+    """Verifier settings for static trees of these widths, none of whose nodes is cut off by a budget."""
+    nodes = sum(itertools.accumulate(widths, operator.mul))
+    return {
+        "draft_width": tuple(widths),
+        "draft_depth": len(widths),
+        "draft_nodes": nodes,
+        "max_draft_rows": max(nodes, 1),
+    }
+
+
+def sequence_speculation(length: int) -> Configuration:
+    """Drafts that are chains."""
+    title = f"SpecServe, sequence speculation, chains of {length}"
+    return Configuration("sequence", title, "specserve", drafts=True, verifier=static_drafts([1] * length))
+
+
+def static_tree(widths: Sequence[int]) -> Configuration:
+    """Drafts that all have one shape (SpecInfer, section 3: expansion-based trees)."""
+    title = f"SpecServe, tree speculation, static <{','.join(map(str, widths))}>"
+    return Configuration("static-tree", title, "specserve", drafts=True, verifier=static_drafts(widths))

@@ -1,0 +1,116 @@
+"""Starts services as real processes, the way `specserve up` does, and stops them again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from services.common.setting_values import to_text
+from services.common.settings import ENVIRONMENT_PREFIX, to_flags, variable
+from services.launcher.environment import child_environment
+from services.launcher.plan import LOOPBACK, Planner
+from services.launcher.processes import Watchdog
+from services.launcher.readiness import grpc_probe
+from services.launcher.settings import UpSettings
+from services.launcher.supervisor import Limits, Progress, Service, Supervisor
+
+ServiceOptions = Mapping[str, Mapping[str, object]]
+"""Settings by section: {"verifier": {"draft_nodes": 4}}."""
+
+# Nothing is open when a stack is stopped.
+DRAIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Addresses of a running stack: the gateway's URL, the name of its model, HOST:PORT of the verifier."""
+
+    url: str
+    model: str
+    verifier: str
+
+
+@asynccontextmanager
+async def running_stack(
+    up: UpSettings, options: ServiceOptions, on_line: Callable[[str], None]
+) -> AsyncIterator[Stack]:
+    """Redis, speculator, verifier and gateway, ready to be asked; stopped when the context ends.
+
+    up: its ports are ignored, free ones are taken. options: for the services. on_line: gets their log lines.
+    The environment's own settings of the services are left out, so that a run measures what it states.
+
+    Raises:
+        SettingsError, ModelFilesError, NoRedisServer: see Planner.plan.
+        ServiceFailed: a service did not become ready.
+    """
+    port = free_port()
+    up = replace(up, port=0, verifier_port=port, log_level="warning", drain_timeout_s=DRAIN_S)
+    environ = _clean_environment() | {
+        variable(section, name): _text(value) for section, values in options.items() for name, value in values.items()
+    }
+    with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:
+        plan = Planner(up, None, Path(folder), environ).plan()
+        async with _running(plan.services, environ, Path(folder), on_line):
+            yield Stack(plan.url, plan.model, f"{LOOPBACK}:{port}")
+
+
+@asynccontextmanager
+async def running_service(
+    section: str, settings: Mapping[str, object], on_line: Callable[[str], None]
+) -> AsyncIterator[str]:
+    """One gRPC service alone; gives its address.
+
+    Raises:
+        ServiceFailed: it did not become ready.
+    """
+    port = free_port()
+    address = f"{LOOPBACK}:{port}"
+    decided = {"host": LOOPBACK, "port": port, "log_level": "warning", "drain_timeout_s": DRAIN_S}
+    command = (sys.executable, "-m", f"services.{section}", *to_flags(decided | dict(settings)))
+    service = Service(section, command, grpc_probe(address))
+    with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:
+        async with _running([service], _clean_environment(), Path(folder), on_line):
+            yield address
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+@asynccontextmanager
+async def _running(
+    services: Sequence[Service], environ: dict[str, str], folder: Path, on_line: Callable[[str], None]
+) -> AsyncIterator[None]:
+    limits = Limits(stop_timeout_s=DRAIN_S * 2)
+    async with Watchdog(folder) as keeper:
+        supervisor = Supervisor(services, child_environment(environ), keeper, limits, _Lines(on_line))
+        try:
+            await supervisor.start()
+            yield
+        finally:
+            await supervisor.stop()
+
+
+class _Lines(Progress):
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line = on_line
+
+    def line(self, text: str) -> None:
+        self._on_line(text)
+
+
+def _clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+
+
+def _text(value: object) -> str:
+    return ",".join(map(to_text, value)) if isinstance(value, tuple) else to_text(value)
