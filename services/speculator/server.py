@@ -146,7 +146,7 @@ async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIter
     metrics = SpeculatorMetrics(lifecycle.registry)
     drafters = [_drafter(settings, model) for model in loaded]
     service = DraftService(drafters, loaded[0].facts.vocab_size, metrics)
-    server = aio_server(lifecycle)
+    server = aio_server(lifecycle, exempt=frozenset({f"/{SERVICE}/Speculate"}))
     servicer = Servicer(service, [model.facts for model in loaded], worker, lifecycle, metrics)
     add_SpeculatorServicer_to_server(servicer, server)
     try:

@@ -32,6 +32,10 @@ class StepFailed(RuntimeError):
     """The step that a sequence took part in failed; the sequence is lost, the engine goes on."""
 
 
+class EngineStopped(RuntimeError):
+    """The verifier stops before a sequence has ended; another one, or this one restarted, can go on with its tokens."""
+
+
 class Engine:
     """Continuous batching of token trees. `on_fatal` is called when the loop itself breaks.
 
@@ -77,11 +81,13 @@ class Engine:
         """Queue a request; return its id for `cancel`.
 
         Raises:
-            InvalidRequest: it can never run. QueueFull: too many are waiting.
+            InvalidRequest: it can never run. QueueFull: too many are waiting. EngineStopped: it is too late.
         """
         config = self.runner.model.config
         request.check(config.vocab_size, config.context_length)
         with self._lock:
+            if self._stopping:
+                raise EngineStopped("the verifier is stopping and takes no requests")
             waiting = len(self._arrivals) + len(self.scheduler.waiting)
             if waiting >= self._max_waiting:
                 raise QueueFull(waiting, self._retry_after_ms())
@@ -103,7 +109,7 @@ class Engine:
         try:
             while self._exchange():
                 self._step_or_fail()
-            self._fail_all(StepFailed("the verifier is stopping"))
+            self._fail_all(EngineStopped("the verifier is stopping"))
         except BaseException as error:  # outside of a step nothing may fail: the process must not go on
             self._on_fatal(error)
             raise
@@ -238,7 +244,7 @@ class Engine:
         self.drafts.forget(sequence.id)
         self.metrics.requests.labels(outcome).inc()
 
-    def _fail_all(self, error: StepFailed) -> None:
+    def _fail_all(self, error: StepFailed | EngineStopped) -> None:
         with self._lock:
             arrivals, self._arrivals = self._arrivals, deque()
         for _, _, sink in arrivals:

@@ -18,7 +18,7 @@ from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts, ModelMismatch
 from services.verifier import wire
 from services.verifier.drafts import DraftCollector, DraftSettings
-from services.verifier.engine import Engine
+from services.verifier.engine import Engine, EngineStopped
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.request import InvalidRequest, QueueFull, Sink, StepOutput
 from services.verifier.runner import Runner
@@ -59,7 +59,7 @@ class Servicer(VerifierServicer):
                 output = await outputs.get()
                 if isinstance(output, Exception):
                     ended = True
-                    raise StatusError(grpc.StatusCode.INTERNAL, str(output))
+                    raise _failure(output)
                 ended = output.finish_reason is not None
                 yield wire.generate_response(output)
         finally:
@@ -71,9 +71,17 @@ class Servicer(VerifierServicer):
             return self._engine.submit(wire.generation_request(message), sink)
         except InvalidRequest as error:
             raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        except EngineStopped as error:
+            raise _failure(error) from None
         except QueueFull as error:
             metadata = {"retry-after-ms": str(error.retry_after_ms)}
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), metadata) from None
+
+
+def _failure(error: Exception) -> StatusError:
+    """UNAVAILABLE where another verifier can go on with the tokens so far, else INTERNAL."""
+    unavailable = isinstance(error, EngineStopped)
+    return StatusError(grpc.StatusCode.UNAVAILABLE if unavailable else grpc.StatusCode.INTERNAL, str(error))
 
 
 @asynccontextmanager
@@ -102,8 +110,8 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterat
         await start_grpc(server, lifecycle, settings.host, settings.port, (SERVICE,))
         yield
     finally:
-        await stop_grpc(server)
         await asyncio.to_thread(engine.stop)
+        await stop_grpc(server)
 
 
 async def _connect(settings: VerifierSettings, facts: ModelFacts, metrics: VerifierMetrics) -> list[SpeculatorLink]:

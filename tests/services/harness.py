@@ -28,6 +28,7 @@ from tests.ports import free_port
 S = TypeVar("S", bound=ServiceSettings)
 
 TIMEOUT_S = 120
+DRAIN = {"drain_timeout_s": 5.0}
 
 
 class Services:
@@ -41,6 +42,9 @@ class Services:
         self.registries: dict[int, CollectorRegistry] = {}
 
     def close(self) -> None:
+        """Stop all services; a second call does nothing."""
+        if self._loop.is_closed():
+            return
         self._call(self._stack.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(TIMEOUT_S)
@@ -74,7 +78,8 @@ class Services:
     def _start(self, settings: S, serve: Serve[S]) -> CollectorRegistry:
         async def enter() -> CollectorRegistry:
             lifecycle = Lifecycle(CollectorRegistry())
-            await self._stack.enter_async_context(_drained(serve(settings, lifecycle), lifecycle))
+            service = _drained(serve(settings, lifecycle), lifecycle, settings.drain_timeout_s)
+            await self._stack.enter_async_context(service)
             return lifecycle.registry
 
         registry: CollectorRegistry = self._call(enter())
@@ -87,15 +92,16 @@ class Services:
 class _drained(AbstractAsyncContextManager[None]):
     """A service's context that drains before it ends, as a process does."""
 
-    def __init__(self, service: AbstractAsyncContextManager[None], lifecycle: Lifecycle) -> None:
+    def __init__(self, service: AbstractAsyncContextManager[None], lifecycle: Lifecycle, timeout_s: float) -> None:
         self._service = service
         self._lifecycle = lifecycle
+        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> None:
         await self._service.__aenter__()
 
     async def __aexit__(self, *error: Any) -> None:
-        await self._lifecycle.drain(5)
+        await self._lifecycle.drain(self._timeout_s)
         await self._service.__aexit__(*error)
 
 

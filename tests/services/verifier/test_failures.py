@@ -20,7 +20,7 @@ from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.model_files import tokenizer_hash
 from tests.ports import free_port
-from tests.services.harness import Services, Verifier, request, status_of
+from tests.services.harness import Services, Verifier, request, services, status_of
 from tests.tiny_models import CONTEXT, VOCAB, hugging_face_greedy, write_model
 
 PROMPT = [5, 17, 60, 3]
@@ -108,6 +108,18 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     assert "out of memory" in status_of(caught.value)[1]
     monkeypatch.setattr(Transformer, "forward", whole)
     assert verifier.generate(PROMPT, 8).token_ids == hugging_face_greedy(llm, PROMPT, 8)
+
+
+def test_a_stopping_verifier_lets_another_go_on(llm: Path) -> None:
+    with services() as started:
+        verifier = started.verifier(llm, drain_timeout_s=0.0)
+        with channel(verifier.address) as connection:
+            call = VerifierStub(connection).Generate(request(PROMPT, 250), timeout=TIMEOUT_S)
+            next(call)
+            started.close()
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+    assert status_of(caught.value)[0] is grpc.StatusCode.UNAVAILABLE
 
 
 # What a speculator may answer instead of a draft, by name.
