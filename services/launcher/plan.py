@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ from services.launcher.settings import UpSettings
 from services.launcher.supervisor import Service
 
 LOOPBACK = "127.0.0.1"
+# Below the ports of outgoing connections: while a service is restarted, a client that looks for it could otherwise be
+# given the very port that it looks for, and keep it.
+FREE_CHOICES = range(20_000, 30_000)
+FREE_ATTEMPTS = 20
 # Settings that `up` hands on to a service, unless the service's own table or environment gives them.
 SHARED = ("log_level", "log_format", "drain_timeout_s")
 SHARED_BY_MODELS = (*SHARED, "threads")
@@ -24,11 +29,10 @@ SHARED_BY_MODELS = (*SHARED, "threads")
 
 @dataclass(frozen=True)
 class Plan:
-    """services: what works without the others first. url: of the HTTP API. model: the name that requests give."""
+    """services: what works without the others first. url: of the HTTP API."""
 
     services: tuple[Service, ...]
     url: str
-    model: str
 
 
 class Planner:
@@ -63,7 +67,7 @@ class Planner:
             services.append(self._speculator(speculator))
         services.append(self._verifier(verifier, (speculator,) if drafts else ()))
         services.append(self._gateway(port, verifier, redis))
-        return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}", Path(settings.llm).name)
+        return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}")
 
     def _redis(self, url: str) -> Service:
         return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url), silent=True)
@@ -107,14 +111,19 @@ class Planner:
 
 
 def _hold_port(held: ExitStack, host: str, wanted: int, flag: str) -> int:
-    """`wanted` if it is free, any free one for 0; nobody else gets it until `held` closes and its service binds it."""
-    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind((host, wanted))
-    except OSError as error:
-        raise SettingsError(f"{flag}: cannot listen on {host}:{wanted}: {error.strerror}; choose another") from None
-    return int(probe.getsockname()[1])
+    """`wanted`, or a free one for 0; nobody else gets it until `held` closes and its service binds it."""
+    candidates = random.sample(FREE_CHOICES, FREE_ATTEMPTS) if wanted == 0 else [wanted]
+    reason: str | None = None
+    for port in candidates:
+        listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            reason = error.strerror
+        else:
+            return port
+    raise SettingsError(f"{flag}: cannot listen on {host}:{wanted}: {reason}; choose another")
 
 
 def _port_of(address: str) -> int:

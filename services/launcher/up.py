@@ -7,11 +7,13 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.status import Status
 
@@ -19,8 +21,9 @@ from services.common.logs import configure_logs
 from services.common.model_files import ModelFilesError
 from services.common.settings import SettingsError
 from services.launcher.environment import child_environment
-from services.launcher.plan import Plan, Planner
+from services.launcher.plan import Planner
 from services.launcher.processes import Watchdog
+from services.launcher.readiness import PROBE_TIMEOUT_S
 from services.launcher.redis_server import NoRedisServer
 from services.launcher.settings import UpSettings
 from services.launcher.supervisor import Limits, Progress, Service, ServiceFailed, Supervisor
@@ -60,20 +63,39 @@ def up(settings: UpSettings, config: Path | None) -> int:
         limits = Limits(
             start_timeout_s=settings.start_timeout_s, stop_timeout_s=settings.drain_timeout_s + STOP_MARGIN_S
         )
-        return asyncio.run(run(plan, child_environment(os.environ), limits, Path(folder), console))
+        environment = child_environment(os.environ)
+        return asyncio.run(run(plan.services, partial(_greet, plan.url), environment, limits, Path(folder), console))
 
 
-async def run(plan: Plan, environment: dict[str, str], limits: Limits, folder: Path, console: Console) -> int:
-    """Starts the plan's services, serves until a signal or a failure, and stops them; returns the exit code."""
+async def _greet(url: str) -> None:
+    """Prints how to call the API, with the name that it gives its model."""
+    try:
+        async with httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+            response = await client.get(f"{url}/v1/models")
+        model = response.raise_for_status().json()["data"][0]["id"]
+    except httpx.HTTPError as error:
+        raise ServiceFailed("gateway", f"is ready but does not tell its model: {error!r}", ()) from None
+    print(READY.format(url=url, model=model), flush=True)
+
+
+async def run(
+    services: Sequence[Service],
+    on_ready: Callable[[], Awaitable[None]],
+    environment: dict[str, str],
+    limits: Limits,
+    folder: Path,
+    console: Console,
+) -> int:
+    """Starts the services, keeps them running until a signal or a failure, stops them; returns the exit code."""
     signals = Signals()
-    progress = ConsoleProgress(console, plan.services)
+    progress = ConsoleProgress(console, services)
     async with Watchdog(folder) as keeper:
-        supervisor = Supervisor(plan.services, environment, keeper, limits, progress)
+        supervisor = Supervisor(services, environment, keeper, limits, progress)
         try:
             with progress:
                 started = await signals.unless_stopped(supervisor.start())
             if started:
-                print(READY.format(url=plan.url, model=plan.model), flush=True)
+                await on_ready()
                 await signals.unless_stopped(supervisor.supervise())
             console.print("Stopping; open requests may finish. Ctrl-C again ends everything at once.")
             code = 0

@@ -5,26 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from services.common.logs import configure_logs
-from services.launcher.plan import Plan
 from services.launcher.readiness import http_probe
 from services.launcher.supervisor import Limits, Service
 from services.launcher.up import run
+from tests.ports import free_port
 from tests.services.launcher import example_child
 
 CHILDREN = ("store", "drafter", "model", "front")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:
@@ -44,8 +37,11 @@ def main() -> int:
             )
         )
     configure_logs("launcher", "info", "console")
-    plan = Plan(tuple(services), "http://example", "example")
-    return asyncio.run(run(plan, dict(os.environ), limits, folder, Console(stderr=True)))
+    return asyncio.run(run(services, greet, dict(os.environ), limits, folder, Console(stderr=True)))
+
+
+async def greet() -> None:
+    print("all are ready", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Run:
     def wait_ready(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if "SpecServe is ready" in line:
+            if line == "all are ready\n":
                 return
         raise AssertionError("the launcher ended before it was ready")
 
