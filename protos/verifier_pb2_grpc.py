@@ -59,7 +59,8 @@ class VerifierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Generates one sequence. Cancelling the call frees everything that the sequence holds within one engine step.
+        """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
+        call frees everything that the sequence holds within one engine step.
         Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
         INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
         """

@@ -36,7 +36,8 @@ class VerifierStub:
     def __new__(cls, channel: _aio.Channel) -> VerifierAsyncStub: ...
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_tree_pb2.ModelInfoRequest, _tree_pb2.ModelInfo]
     Generate: _grpc.UnaryStreamMultiCallable[_verifier_pb2.GenerateRequest, _verifier_pb2.GenerateResponse]
-    """Generates one sequence. Cancelling the call frees everything that the sequence holds within one engine step.
+    """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
+    call frees everything that the sequence holds within one engine step.
     Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
     INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
     """
@@ -48,7 +49,8 @@ class VerifierAsyncStub(VerifierStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_tree_pb2.ModelInfoRequest, _tree_pb2.ModelInfo]  # type: ignore[assignment]
     Generate: _aio.UnaryStreamMultiCallable[_verifier_pb2.GenerateRequest, _verifier_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generates one sequence. Cancelling the call frees everything that the sequence holds within one engine step.
+    """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
+    call frees everything that the sequence holds within one engine step.
     Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
     INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
     """
@@ -69,7 +71,8 @@ class VerifierServicer(metaclass=_abc_1.ABCMeta):
         request: _verifier_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_verifier_pb2.GenerateResponse], _abc.AsyncIterator[_verifier_pb2.GenerateResponse]]:
-        """Generates one sequence. Cancelling the call frees everything that the sequence holds within one engine step.
+        """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
+        call frees everything that the sequence holds within one engine step.
         Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
         INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
         """

@@ -22,7 +22,8 @@ def use_threads(threads: int) -> None:
     """Set the CPU threads of torch and the native kernels, for this thread and those it starts; 0: all cores."""
     count = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
-    native.set_num_threads(count)
+    if native.native_available():
+        native.set_num_threads(count)
 
 
 @dataclass(frozen=True)

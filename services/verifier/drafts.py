@@ -11,12 +11,11 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.verifier.scheduler import SequencePlan
+from services.verifier.sequence import Sequence
 from speculation.acceptance import AcceptanceRule, resolve_rule
 from speculation.expansion import ChildSelection
 from speculation.merge import MergedDraft, merge_trees
-
-from services.verifier.scheduler import SequencePlan
-from services.verifier.sequence import Sequence
 from speculation.tree import TokenTree
 
 
@@ -36,6 +35,10 @@ class DraftOrder:
 
 class DraftSource(Protocol):
     """A speculator as the engine sees it. Every method returns at once but `receive`; none raises."""
+
+    @property
+    def models(self) -> int:
+        """How many trees it drafts for a sequence; 0 while it is down."""
 
     def send(self, step: int, orders: Items[DraftOrder]) -> bool:
         """Ask for drafts; False when the source is down."""
@@ -94,7 +97,11 @@ class DraftCollector:
 
     def _order(self, plan: SequencePlan) -> DraftOrder:
         selection = resolve_rule(self.settings.rule, plan.sequence.request.sampling).selection
-        return DraftOrder(plan.sequence, plan.draft_nodes, plan.draft_depth, self.settings.widths, selection)
+        nodes = plan.draft_nodes
+        if selection is ChildSelection.SAMPLED:
+            # Merged sampled trees can be cut by whole levels only, so that each gets its share of the budget.
+            nodes = max(1, nodes // max(1, sum(source.models for source in self.sources)))
+        return DraftOrder(plan.sequence, nodes, plan.draft_depth, self.settings.widths, selection)
 
     def _ask(self, orders: list[DraftOrder]) -> dict[int, list[TokenTree]]:
         self._step += 1

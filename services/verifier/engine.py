@@ -125,6 +125,8 @@ class Engine:
         """One step for every planned sequence."""
         started = time.perf_counter()
         plans = self.scheduler.plan()
+        if not plans:
+            return  # all that ran was cancelled
         drafts = self.drafts.collect(plans)
         drafted = time.perf_counter()
         logits = self.runner.forward(plans, drafts)

@@ -29,6 +29,8 @@ from services.verifier.speculator_link import SpeculatorLink
 log = logging.getLogger(__name__)
 
 SERVICE = "specserve.v1.Verifier"
+# Sent as soon as a sequence is queued, so that its caller need not wait for the first token to know.
+ADMITTED = (("specserve-admitted", "1"),)
 
 
 class Servicer(VerifierServicer):
@@ -55,6 +57,7 @@ class Servicer(VerifierServicer):
         sequence_id = self._submit(request, sink)
         ended = False
         try:
+            await context.send_initial_metadata(ADMITTED)
             while not ended:
                 output = await outputs.get()
                 if isinstance(output, Exception):

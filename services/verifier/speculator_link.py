@@ -59,6 +59,11 @@ class SpeculatorLink:
             raise self._mismatch
         return self._stream is not None
 
+    @property
+    def models(self) -> int:
+        stream = self._stream
+        return 0 if stream is None else stream.models
+
     def send(self, step: int, orders: Sequence[DraftOrder]) -> bool:
         stream = self._stream
         if stream is None:
@@ -131,7 +136,7 @@ class SpeculatorLink:
             facts.check_drafts_for(self._llm)
             names.append(facts.model)
         self._mismatch = None
-        stream = _Stream(stub)
+        stream = _Stream(stub, len(names))
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)
@@ -148,7 +153,8 @@ class SpeculatorLink:
 class _Stream:
     """One Speculate call and what the speculator knows at its other end."""
 
-    def __init__(self, stub: SpeculatorStub) -> None:
+    def __init__(self, stub: SpeculatorStub, models: int) -> None:
+        self.models = models
         self._requests: queue.SimpleQueue[speculator_pb2.SpeculateRequest | None] = queue.SimpleQueue()
         self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
         self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has

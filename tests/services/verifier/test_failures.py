@@ -96,6 +96,21 @@ def test_a_cancelled_call_frees_its_kv_and_its_draft_session(llm: Path, ssms: li
         assert verifier.metric("kv_free_blocks") >= free
 
 
+def test_everything_cancelled_between_two_steps_fails_nobody(llm: Path, running: Services) -> None:
+    verifier = running.verifier(llm, max_sequences=2)
+    expected = hugging_face_greedy(llm, PROMPT, 5)
+    with channel(verifier.address) as connection, ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            calls = [VerifierStub(connection).Generate(request(PROMPT, 200), timeout=TIMEOUT_S) for _ in range(2)]
+            following = pool.submit(verifier.generate, PROMPT, 5)
+            for call in calls:
+                next(call)
+                call.cancel()
+            assert following.result(TIMEOUT_S).token_ids[: len(expected)] == expected
+    assert verifier.metric("requests_total", outcome="failed") == 0
+    assert verifier.metric("requests_total", outcome="cancelled") == 40
+
+
 def test_a_failing_step_fails_its_requests_and_no_others(
     llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
