@@ -139,16 +139,17 @@ class ChoiceText:
         return offsets, "".join(pieces)
 
     def _report_prompt(self, logprobs: Sequence[Logprob]) -> None:
-        first, *others = self._prompt
-        if len(logprobs) != len(others):
+        prompt = self._prompt
+        if len(logprobs) != len(prompt) - 1:
             raise VerifierFailed(
-                f"the verifier sent {len(logprobs)} log-probabilities for a prompt of {len(self._prompt)} tokens"
+                f"the verifier sent {len(logprobs)} log-probabilities for a prompt of {len(prompt)} tokens"
             )
-        self._pending.append(TokenReport(self._tokenizer.token_name(first), 0, None, None))
-        for token_id, offset, logprob in zip(others, self._prompt_offsets[1:], logprobs, strict=True):
-            self._pending.append(self._token_report(token_id, offset, logprob))
+        start = next((i for i, token_id in enumerate(prompt) if not self._tokenizer.is_special(token_id)), None)
+        self._pending.append(TokenReport(self._tokenizer.token_name(prompt[0], start == 0), 0, None, None))
+        for i, logprob in enumerate(logprobs, start=1):
+            self._pending.append(self._token_report(prompt[i], self._prompt_offsets[i], logprob, i == start))
 
-    def _token_report(self, token_id: int, offset: int, logprob: Logprob) -> TokenReport:
-        name = self._tokenizer.token_name(token_id)
-        top = {self._tokenizer.token_name(other): value for other, value in logprob.top}
+    def _token_report(self, token_id: int, offset: int, logprob: Logprob, starts_text: bool = False) -> TokenReport:
+        name = self._tokenizer.token_name(token_id, starts_text)
+        top = {self._tokenizer.token_name(other, starts_text): value for other, value in logprob.top}
         return TokenReport(name, offset, logprob.logprob, top | {name: logprob.logprob})

@@ -70,8 +70,7 @@ class Completion:
             for index in range(len(self._plan.sequences)):
                 await sink(index, self._choice_text(index).prompt_only())
             return
-        with self._metrics.open_streams.track_inprogress():
-            await _together(self._run_choice(index, sink) for index in range(len(self._generations)))
+        await _together(self._run_choice(index, sink) for index in range(len(self._generations)))
 
     def cancel(self) -> None:
         """Free what the verifier still holds."""
@@ -82,17 +81,18 @@ class Completion:
         text = self._choice_text(index)
         generation = self._generations[index]
         last = None
-        async with aclosing(generation.steps()) as steps:
-            async for step in steps:
-                delta = text.push(step)
-                stopped_early = delta.finish_reason is not None and step.finish_reason is None
-                if stopped_early:
-                    generation.cancel()
-                last = self._account(index, delta, last)
-                async with self._lock:
-                    await sink(index, delta)
-                if stopped_early:
-                    return
+        with self._metrics.open_streams.track_inprogress():
+            async with aclosing(generation.steps()) as steps:
+                async for step in steps:
+                    delta = text.push(step)
+                    stopped_early = delta.finish_reason is not None and step.finish_reason is None
+                    if stopped_early:
+                        generation.cancel()
+                    last = self._account(index, delta, last)
+                    async with self._lock:
+                        await sink(index, delta)
+                    if stopped_early:
+                        return
 
     def _choice_text(self, index: int) -> ChoiceText:
         sequence, request = self._plan.sequences[index], self._plan.request

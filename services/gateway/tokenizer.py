@@ -55,11 +55,11 @@ class GatewayTokenizer:
             return self.token_bytes(token_id)
         return self._tokenizer.decode([token_id]).encode()
 
-    def token_name(self, token_id: int) -> str:
+    def token_name(self, token_id: int, starts_text: bool = False) -> str:
         """The token in a log-probabilities report: its text, or `bytes:\\xHH...` when it is part of a character."""
         if token_id in self._special:
             return self._special[token_id]
-        data = self.token_bytes(token_id)
+        data = self.first_token_bytes(token_id) if starts_text else self.token_bytes(token_id)
         try:
             return data.decode()
         except UnicodeDecodeError:
