@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.configurations import BEST_FIRST, PLAIN
 from benchmarks.samples import StepTimes
@@ -52,6 +54,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The first column is text, the others are numbers."""
     align = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
+
+
+def shown_command(module: str, arguments: Sequence[str]) -> str:
+    """The command as a page shows it: folders outside of the project by their last name alone."""
+    shown = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        shown.append(flag + equals + (Path(value).name if value.startswith("/") else value))
+    return shlex.join(["python", "-m", module, *shown])
 
 
 def _intro(steps: Sequence[StepTimes], conditions: Conditions) -> str:

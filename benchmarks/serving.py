@@ -12,7 +12,6 @@ import asyncio
 import dataclasses
 import datetime
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from benchmarks.configurations import (
 )
 from benchmarks.machine import describe_machine
 from benchmarks.prompts import DEFAULT_PROMPTS, BadPrompts, read_prompts
-from benchmarks.report import Conditions, serving_page
+from benchmarks.report import Conditions, serving_page, shown_command
 from benchmarks.rounds import Benchmark, Measurements, Task
 from benchmarks.summary import summarize, summarize_latency
 from benchmarks.workers import WorkerFailed
@@ -96,15 +95,6 @@ def write_results(
         **dataclasses.asdict(measured),
     }
     out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-
-
-def shown_command(module: str, arguments: Sequence[str]) -> str:
-    """The command as a page shows it: folders outside of the project by their last name alone."""
-    shown = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        shown.append(flag + equals + (Path(value).name if value.startswith("/") else value))
-    return shlex.join(["python", "-m", module, *shown])
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
