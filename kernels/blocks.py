@@ -15,16 +15,24 @@ def check_tensor(
     name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None = None
 ) -> None:
     """Raise ValueError unless `tensor` is contiguous, of `dtype` and of `shape` (None matches any size)."""
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    if not _has_shape(tensor, shape):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{expected}]")
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"{name} is {tensor.dtype}; it must be {dtype}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}; call .contiguous() on it")
+
+
+def _has_shape(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
+    # A plain loop: this runs in every call of a kernel, and a generator costs microseconds.
+    have = tensor.shape
+    if len(have) != len(shape):
+        return False
+    for size, wanted in zip(have, shape, strict=True):  # noqa: SIM110 (see above)
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     """
     if tensor is None:
         return None
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"a tensor is on {tensor.device}; the native kernels take tensors on the CPU")
     return tensor.data_ptr()
 

@@ -24,8 +24,8 @@ MAX_TILE = 64
 MAX_SPLITS = 16
 # Tiles of keys below which another split does not pay.
 MIN_TILES_IN_SPLIT = 4
-# Bytes of a tile of keys, half of a tile of queries. With two stages of loads ahead, that fits the shared memory of every
-# GPU since Ampere (99 KiB).
+# Bytes of a tile of keys, and half the bytes of a tile of queries. With two stages of loads ahead, they fit the shared
+# memory of every GPU since Ampere (99 KiB).
 TILE_BYTES = 16384
 COMPILER_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
 
