@@ -50,7 +50,7 @@ void norm_row(const float* x, const float* weight, float eps, std::int64_t size,
   Vec squares = {};
   for (std::int64_t i = 0; i < size; i += kLanes) {
     const Vec value = load_first(x + i, static_cast<int>(std::min<std::int64_t>(kLanes, size - i)));
-    squares += value * value;
+    squares = fma(value, value, squares);
   }
   const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
   for (std::int64_t i = 0; i < size; i += kLanes) {

@@ -64,8 +64,9 @@ inline void multiply_word(const Problem<kInputs>& p, const float* x, const std::
   }
   for (int index = 0; index < used; ++index)
     for (int r = 0; r < Rows; ++r) {
-      const float value = x[r * p.inputs + index];
-      for (int v = 0; v < Blocks * kVecsPerBlock; ++v) accumulators[r][v] += unpack<kInputs>(words[v], index) * value;
+      const Vec value = broadcast(x[r * p.inputs + index]);
+      for (int v = 0; v < Blocks * kVecsPerBlock; ++v)
+        accumulators[r][v] = fma(unpack<kInputs>(words[v], index), value, accumulators[r][v]);
     }
 }
 

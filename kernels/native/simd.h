@@ -1,9 +1,16 @@
-// Vectors of the machine's own width through the compilers' vector extensions: AVX-512, AVX, NEON or SSE without
-// intrinsics. Every function does the same operations in the same order for the same elements, whatever surrounds them.
+// Vectors of the machine's own width through the compilers' vector extensions: AVX-512, AVX, NEON or SSE. Every function
+// does the same operations in the same order for the same elements, whatever surrounds them. The library is compiled
+// without contraction, so that a product and a sum are rounded once exactly where fma() says so.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace specserve {
 
@@ -49,6 +56,19 @@ inline void from_float(float value, bfloat16* target) {
   target->bits = nan ? 0x7fc0 : static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// a * b + c, rounded once where the machine can.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
 inline Vec broadcast(float value) { return value - Vec{}; }
 
 inline Vec load(const float* source) {
@@ -83,13 +103,22 @@ inline void store_first(Vec value, float* target, int count) {
 }
 
 // Sum of the lanes: halves onto halves, so that the order is one of a balanced tree.
-inline float sum(Vec value) {
-  float lanes[kLanes];
-  store(value, lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+using Vec2 = float __attribute__((vector_size(8)));
+using Vec4 = float __attribute__((vector_size(16)));
+using Vec8 = float __attribute__((vector_size(32)));
+using Vec16 = float __attribute__((vector_size(64)));
+
+template <class Half, class Whole>
+inline Half fold(const Whole& value) {
+  Half halves[2];
+  std::memcpy(halves, &value, sizeof value);
+  return halves[0] + halves[1];
 }
+
+inline float sum(const Vec2& value) { return value[0] + value[1]; }
+inline float sum(const Vec4& value) { return sum(fold<Vec2>(value)); }
+inline float sum(const Vec8& value) { return sum(fold<Vec4>(value)); }
+inline float sum(const Vec16& value) { return sum(fold<Vec8>(value)); }
 
 inline float max_lane(Vec value) {
   float highest = value[0];
@@ -104,16 +133,15 @@ inline Vec exp(Vec x) {
   x = x < low ? low : x;
   x = x > high ? high : x;
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * 1.44269504088896341f + magic;
-  const Vec n = shifted - magic;
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Vec n = fma(x, broadcast(1.44269504088896341f), magic) - magic;
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = fma(r, broadcast(1.9875691500e-4f), broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
   const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
   Vec scale;
   std::memcpy(&scale, &power, sizeof scale);

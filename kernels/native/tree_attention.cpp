@@ -8,14 +8,19 @@
 namespace specserve {
 namespace {
 
+// Lines, that is queries of one head, that pass over the same keys together, and the vectors of a line's weighted sum
+// that stay in registers meanwhile.
+constexpr int kMaxLines = 4;
+constexpr int kSumVecs = kAccumulators / kMaxLines >= 4 ? 4 : 2;
+// Rows of a group, and the groups for each thread below which groups become smaller.
+constexpr std::int64_t kGroupRows = 16;
+constexpr int kGroupsPerThread = 4;
 // Multiply-adds that are worth an item of work.
 constexpr std::int64_t kItemWork = 16384;
-constexpr int kItemsPerThread = 8;
-// Vectors of a head that the weighted sum keeps in registers.
-constexpr int kSumVecs = 4;
 
 struct Scratch {
   std::vector<std::int64_t> offsets;
+  std::vector<std::size_t> row_ends;
   std::vector<float> weights;
 };
 
@@ -24,39 +29,83 @@ Scratch& scratch() {
   return own;
 }
 
-// The block that holds a logical entry of the row's sequence.
-std::int64_t block_of(const AttentionBatch& batch, std::int64_t row, std::int64_t entry) {
-  return batch.block_tables[batch.row_sequences[row] * batch.max_blocks + entry / batch.block_size];
-}
-
-// Offsets in the cache, in elements, of the entries that a row sees, in logical order.
-void visible_offsets(const AttentionBatch& batch, std::int64_t row, std::int64_t slot_size,
-                     std::vector<std::int64_t>& offsets) {
-  const std::int64_t prefix = batch.prefix_lengths[row];
-  offsets.resize(static_cast<std::size_t>(prefix));
-  for (std::int64_t first = 0; first < prefix; first += batch.block_size) {
-    const std::int64_t slot = block_of(batch, row, first) * batch.block_size;
-    const std::int64_t last = std::min(prefix, first + batch.block_size);
-    for (std::int64_t entry = first; entry < last; ++entry) offsets[entry] = (slot + entry - first) * slot_size;
-  }
-  for (std::int64_t word = 0; word < batch.words; ++word)
-    for (std::uint64_t bits = batch.masks[row * batch.words + word]; bits != 0; bits &= bits - 1) {
-      const std::int64_t entry = prefix + 64 * word + __builtin_ctzll(bits);
-      const std::int64_t slot = block_of(batch, row, entry) * batch.block_size + entry % batch.block_size;
-      offsets.push_back(slot * slot_size);
-    }
-}
-
 template <class Element>
-float dot(const float* query, const Element* key, std::int64_t size) {
-  Vec total = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) total += load(query + i) * load(key + i);
-  if (i < size) {
-    const int left = static_cast<int>(size - i);
-    total += load_first(query + i, left) * load_first(key + i, left);
+struct Operands {
+  const float* query;
+  std::int64_t query_stride;
+  const Element* keys;
+  const Element* values;
+  const AttentionBatch& batch;
+  const HeadCounts& counts;
+  float scale;
+  float* out;
+};
+
+// Consecutive rows of one sequence. All of them see its first `common` entries.
+struct RowGroup {
+  std::int64_t first, rows, common;
+};
+
+// A query of one head and its places for weights and result.
+struct Line {
+  const float* query;
+  float* weights;
+  float* out;
+};
+
+std::int64_t slot_of(const AttentionBatch& batch, std::int64_t row, std::int64_t entry) {
+  const std::int32_t* table = batch.block_tables + batch.row_sequences[row] * batch.max_blocks;
+  return table[entry / batch.block_size] * batch.block_size + entry % batch.block_size;
+}
+
+// Appends the offsets in the cache, in elements, of entries first..last of the row's sequence.
+void append_offsets(const AttentionBatch& batch, std::int64_t row, std::int64_t slot_size, std::int64_t first,
+                    std::int64_t last, std::vector<std::int64_t>& offsets) {
+  while (first < last) {
+    const std::int64_t block_end = std::min(last, (first / batch.block_size + 1) * batch.block_size);
+    const std::int64_t slot = slot_of(batch, row, first);
+    const std::size_t size = offsets.size();
+    offsets.resize(size + static_cast<std::size_t>(block_end - first));
+    for (std::int64_t i = 0; i < block_end - first; ++i) offsets[size + i] = (slot + i) * slot_size;
+    first = block_end;
   }
-  return sum(total);
+}
+
+// offsets: the common entries, then, for row after row, what only that row sees, in logical order, up to row_ends[row].
+void list_visible(const AttentionBatch& batch, const RowGroup& group, std::int64_t slot_size, Scratch& own) {
+  own.offsets.clear();
+  own.row_ends.clear();
+  append_offsets(batch, group.first, slot_size, 0, group.common, own.offsets);
+  for (std::int64_t row = group.first; row < group.first + group.rows; ++row) {
+    const std::int64_t prefix = batch.prefix_lengths[row];
+    append_offsets(batch, row, slot_size, group.common, prefix, own.offsets);
+    for (std::int64_t word = 0; word < batch.words; ++word)
+      for (std::uint64_t bits = batch.masks[row * batch.words + word]; bits != 0; bits &= bits - 1)
+        own.offsets.push_back(slot_of(batch, row, prefix + 64 * word + __builtin_ctzll(bits)) * slot_size);
+    own.row_ends.push_back(own.offsets.size());
+  }
+}
+
+// weights[i] = scale * (query · keys[offsets[i]]) for each line.
+template <class Element, int Lines>
+void score(const Line* lines, const Element* keys, const std::int64_t* offsets, std::int64_t count,
+           std::int64_t head_dim, float scale, std::int64_t first) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Element* key = keys + offsets[i];
+    Vec totals[Lines] = {};
+    std::int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) {
+      const Vec part = load(key + d);
+      for (int line = 0; line < Lines; ++line) totals[line] = fma(load(lines[line].query + d), part, totals[line]);
+    }
+    if (d < head_dim) {
+      const int left = static_cast<int>(head_dim - d);
+      const Vec part = load_first(key + d, left);
+      for (int line = 0; line < Lines; ++line)
+        totals[line] = fma(load_first(lines[line].query + d, left), part, totals[line]);
+    }
+    for (int line = 0; line < Lines; ++line) lines[line].weights[first + i] = sum(totals[line]) * scale;
+  }
 }
 
 // weights[i] = e^(weights[i] - max) for i < size; returns their sum. There is room for a last, partly used vector.
@@ -77,64 +126,110 @@ float exponentials(float* weights, std::int64_t size) {
   return sum(total);
 }
 
-// out[d] = Σ weights[i] values[i][d] / total, over i in order, for `Vecs` vectors of d or the `left` elements of one.
-template <class Element, int Vecs>
-void weighted_sum(const Element* values, const std::vector<std::int64_t>& offsets, const float* weights, float total,
-                  float* out, int left = kLanes) {
-  Vec sums[Vecs] = {};
-  for (std::size_t i = 0; i < offsets.size(); ++i) {
-    const Element* value = values + offsets[i];
-    for (int v = 0; v < Vecs; ++v) sums[v] += load_first(value + v * kLanes, left) * weights[i];
+// out[d] += Σ weights[first + i] values[offsets[i]][d], over i in order, for `Vecs` vectors of d or `left` elements.
+template <class Element, int Lines, int Vecs>
+void accumulate_part(const Line* lines, const Element* values, const std::int64_t* offsets, std::int64_t count,
+                     std::int64_t d, std::int64_t first, int left = kLanes) {
+  Vec sums[Lines][Vecs];
+  for (int line = 0; line < Lines; ++line)
+    for (int v = 0; v < Vecs; ++v) sums[line][v] = load_first(lines[line].out + d + v * kLanes, left);
+  for (std::int64_t i = 0; i < count; ++i) {
+    Vec parts[Vecs];
+    for (int v = 0; v < Vecs; ++v) parts[v] = load_first(values + offsets[i] + d + v * kLanes, left);
+    for (int line = 0; line < Lines; ++line) {
+      const Vec weight = broadcast(lines[line].weights[first + i]);
+      for (int v = 0; v < Vecs; ++v) sums[line][v] = fma(parts[v], weight, sums[line][v]);
+    }
   }
-  for (int v = 0; v < Vecs; ++v) store_first(sums[v] / total, out + v * kLanes, left);
+  for (int line = 0; line < Lines; ++line)
+    for (int v = 0; v < Vecs; ++v) store_first(sums[line][v], lines[line].out + d + v * kLanes, left);
 }
 
-template <class Element>
-void attend(const float* query, const Element* keys, const Element* values, std::int64_t head_dim, float scale,
-            Scratch& own, float* out) {
-  const std::int64_t size = static_cast<std::int64_t>(own.offsets.size());
-  own.weights.resize(static_cast<std::size_t>(size + kLanes));
-  for (std::int64_t i = 0; i < size; ++i) own.weights[i] = dot(query, keys + own.offsets[i], head_dim) * scale;
-  const float total = exponentials(own.weights.data(), size);
+template <class Element, int Lines>
+void accumulate(const Line* lines, const Element* values, const std::int64_t* offsets, std::int64_t count,
+                std::int64_t head_dim, std::int64_t first) {
   std::int64_t d = 0;
   for (; d + kSumVecs * kLanes <= head_dim; d += kSumVecs * kLanes)
-    weighted_sum<Element, kSumVecs>(values + d, own.offsets, own.weights.data(), total, out + d);
+    accumulate_part<Element, Lines, kSumVecs>(lines, values, offsets, count, d, first);
   for (; d < head_dim; d += kLanes)
-    weighted_sum<Element, 1>(values + d, own.offsets, own.weights.data(), total, out + d,
-                             static_cast<int>(std::min<std::int64_t>(kLanes, head_dim - d)));
+    accumulate_part<Element, Lines, 1>(lines, values, offsets, count, d, first,
+                                       static_cast<int>(std::min<std::int64_t>(kLanes, head_dim - d)));
 }
 
-// Pairs (row, kv head) that make an item worth its while, or that give every thread several items.
-std::int64_t pairs_in_item(const AttentionBatch& batch, const HeadCounts& counts, int threads) {
-  std::int64_t entries = 0;
-  for (std::int64_t row = 0; row < batch.rows; ++row) entries += batch.prefix_lengths[row] + 1;
-  const std::int64_t pairs = batch.rows * counts.kv_heads;
-  const std::int64_t work = entries * counts.heads * counts.head_dim * 2;
-  const std::int64_t items = std::clamp<std::int64_t>(work / kItemWork, 1, threads * kItemsPerThread);
-  return (pairs + items - 1) / items;
+// Lines first_line..first_line+Lines of one group and one key head; line i is query head i % n of row i / n, n to a key.
+template <class Element, int Lines>
+void attend(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, std::int64_t first_line,
+            Scratch& own) {
+  const std::int64_t head_dim = p.counts.head_dim, heads_in_group = p.counts.heads / p.counts.kv_heads;
+  const Element *keys = p.keys + kv_head * head_dim, *values = p.values + kv_head * head_dim;
+  const std::size_t room = own.offsets.size() + kLanes;
+  own.weights.resize(std::max(own.weights.size(), Lines * room));
+  Line lines[Lines];
+  std::int64_t tails[Lines], tail_sizes[Lines];
+  for (int i = 0; i < Lines; ++i) {
+    const std::int64_t index = (first_line + i) / heads_in_group, row = group.first + index;
+    const std::int64_t head = kv_head * heads_in_group + (first_line + i) % heads_in_group;
+    lines[i] = {p.query + row * p.query_stride + head * head_dim, own.weights.data() + i * room,
+                p.out + (row * p.counts.heads + head) * head_dim};
+    tails[i] = index == 0 ? group.common : static_cast<std::int64_t>(own.row_ends[index - 1]);
+    tail_sizes[i] = static_cast<std::int64_t>(own.row_ends[index]) - tails[i];
+    std::fill_n(lines[i].out, head_dim, 0.0f);
+  }
+  const std::int64_t* offsets = own.offsets.data();
+  score<Element, Lines>(lines, keys, offsets, group.common, head_dim, p.scale, 0);
+  float totals[Lines];
+  for (int i = 0; i < Lines; ++i) {
+    score<Element, 1>(lines + i, keys, offsets + tails[i], tail_sizes[i], head_dim, p.scale, group.common);
+    const std::int64_t size = group.common + tail_sizes[i];
+    totals[i] = size ? exponentials(lines[i].weights, size) : 1.0f;
+  }
+  accumulate<Element, Lines>(lines, values, offsets, group.common, head_dim, 0);
+  for (int i = 0; i < Lines; ++i) {
+    accumulate<Element, 1>(lines + i, values, offsets + tails[i], tail_sizes[i], head_dim, group.common);
+    for (std::int64_t d = 0; d < head_dim; ++d) lines[i].out[d] /= totals[i];
+  }
 }
 
 template <class Element>
-void attend_all(ThreadPool& pool, const float* query, std::int64_t query_stride, const Element* keys,
-                const Element* values, const AttentionBatch& batch, const HeadCounts& counts, float scale, float* out) {
-  const std::int64_t pairs = batch.rows * counts.kv_heads, group = counts.heads / counts.kv_heads;
-  const std::int64_t chunk = pairs_in_item(batch, counts, pool.threads());
+void attend_group(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
+  const std::int64_t lines = group.rows * (p.counts.heads / p.counts.kv_heads);
+  std::int64_t line = 0;
+  for (; line + kMaxLines <= lines; line += kMaxLines) attend<Element, kMaxLines>(p, group, kv_head, line, own);
+  for (; line + 2 <= lines; line += 2) attend<Element, 2>(p, group, kv_head, line, own);
+  for (; line < lines; ++line) attend<Element, 1>(p, group, kv_head, line, own);
+}
+
+// Cuts the rows into groups of at most `most` rows of one sequence.
+std::vector<RowGroup> group_rows(const AttentionBatch& batch, std::int64_t most) {
+  std::vector<RowGroup> groups;
+  for (std::int64_t row = 0; row < batch.rows; ++row) {
+    const std::int64_t prefix = batch.prefix_lengths[row];
+    const bool joins = row > 0 && groups.back().rows < most && batch.row_sequences[row] == batch.row_sequences[row - 1];
+    if (!joins) groups.push_back({row, 0, prefix});
+    ++groups.back().rows;
+    groups.back().common = std::min(groups.back().common, prefix);
+  }
+  return groups;
+}
+
+template <class Element>
+void attend_all(ThreadPool& pool, const Operands<Element>& p) {
+  const std::int64_t kv_heads = p.counts.kv_heads, slot_size = kv_heads * p.counts.head_dim;
+  const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() * kGroupsPerThread / kv_heads);
+  const auto groups = group_rows(p.batch, std::clamp<std::int64_t>(p.batch.rows / wanted, 1, kGroupRows));
+  std::int64_t entries = 0;
+  for (const RowGroup& group : groups) entries += (group.common + 1) * group.rows;
+  const std::int64_t pairs = static_cast<std::int64_t>(groups.size()) * kv_heads;
+  const std::int64_t work = entries * p.counts.heads * p.counts.head_dim * 2 / pairs;
+  const std::int64_t chunk = std::clamp<std::int64_t>(kItemWork / std::max<std::int64_t>(work, 1), 1, pairs);
   pool.parallel_for(static_cast<int>((pairs + chunk - 1) / chunk), [&](int item) {
     Scratch& own = scratch();
     std::int64_t listed = -1;
     for (std::int64_t pair = item * chunk; pair < std::min(pairs, (item + 1) * chunk); ++pair) {
-      const std::int64_t row = pair / counts.kv_heads, kv_head = pair % counts.kv_heads;
-      if (row != listed) visible_offsets(batch, row, counts.kv_heads * counts.head_dim, own.offsets);
-      listed = row;
-      for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        float* target = out + (row * counts.heads + head) * counts.head_dim;
-        const std::int64_t kv = kv_head * counts.head_dim;
-        if (own.offsets.empty())
-          std::fill_n(target, counts.head_dim, 0.0f);
-        else
-          attend(query + row * query_stride + head * counts.head_dim, keys + kv, values + kv, counts.head_dim, scale,
-                 own, target);
-      }
+      const std::int64_t index = pair / kv_heads;
+      if (index != listed) list_visible(p.batch, groups[index], slot_size, own);
+      listed = index;
+      attend_group(p, groups[index], pair % kv_heads, own);
     }
   });
 }
@@ -146,8 +241,9 @@ void tree_attention(ThreadPool& pool, const float* query, std::int64_t query_str
                     float scale, float* out) {
   if (batch.rows == 0) return;
   const auto run = [&](auto* typed_keys) {
-    attend_all(pool, query, query_stride, typed_keys, static_cast<decltype(typed_keys)>(values), batch, counts, scale,
-               out);
+    using Element = std::remove_const_t<std::remove_pointer_t<decltype(typed_keys)>>;
+    attend_all(pool, Operands<Element>{query, query_stride, typed_keys, static_cast<const Element*>(values), batch,
+                                       counts, scale, out});
   };
   if (kv_is_bfloat16)
     run(static_cast<const bfloat16*>(keys));
