@@ -8,7 +8,8 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,22 @@ class GatewayClient:
     url: str
     model: str
 
+    @classmethod
+    def connect(cls, url: str) -> GatewayClient:
+        """A client of the first model that the gateway has.
+
+        Raises:
+            RequestFailed: the gateway does not tell.
+        """
+        with _connection(url) as connection:
+            connection.request("GET", "/v1/models")
+            return cls(url, str(json.loads(_ok(connection, url).read())["data"][0]["id"]))
+
     def complete(self, prompt: str, new_tokens: int) -> Answer:
         """Stream one completion.
 
         Raises:
-            RequestFailed: an error status or event, or a stream without an end.
+            RequestFailed: no connection, an error status or event, or a stream without an end.
         """
         body = {
             "model": self.model,
@@ -54,18 +66,30 @@ class GatewayClient:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=TIMEOUT_S)
-        try:
+        with _connection(self.url) as connection:
             started = time.perf_counter()
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            if response.status != http.client.OK:
-                raise RequestFailed(f"{self.url} answered {response.status}: {response.read()[:500].decode()}")
-            lines, times = _read_events(response)
+            lines, times = _read_events(_ok(connection, self.url))
             total_s = time.perf_counter() - started
-        finally:
-            connection.close()
         return _parse([json.loads(line[len(DATA) :]) for line in lines], times[0] - started, total_s)
+
+
+@contextmanager
+def _connection(url: str) -> Iterator[http.client.HTTPConnection]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT_S)
+    try:
+        yield connection
+    except (OSError, http.client.HTTPException) as error:
+        raise RequestFailed(f"{url}: {error!r}") from error
+    finally:
+        connection.close()
+
+
+def _ok(connection: http.client.HTTPConnection, url: str) -> http.client.HTTPResponse:
+    response = connection.getresponse()
+    if response.status != http.client.OK:
+        raise RequestFailed(f"{url} answered {response.status}: {response.read()[:500].decode()}")
+    return response
 
 
 def _read_events(response: http.client.HTTPResponse) -> tuple[list[bytes], list[float]]:
@@ -106,7 +130,11 @@ class VerifierClient:
         self._stop = self._stub.GetModelInfo(ModelInfoRequest(), timeout=TIMEOUT_S).eos_token_ids
 
     def complete(self, prompt: str, new_tokens: int) -> Answer:
-        """Stream one completion."""
+        """Stream one completion.
+
+        Raises:
+            RequestFailed: the verifier is out of reach, or ended the call with an error.
+        """
         request = GenerateRequest(
             request_id="benchmark",
             prompt_token_ids=self._tokenizer.encode(prompt),
@@ -116,9 +144,12 @@ class VerifierClient:
         )
         started = time.perf_counter()
         responses, times = [], []
-        for response in self._stub.Generate(request, timeout=TIMEOUT_S):
-            times.append(time.perf_counter())
-            responses.append(response)
+        try:
+            for response in self._stub.Generate(request, timeout=TIMEOUT_S):
+                times.append(time.perf_counter())
+                responses.append(response)
+        except grpc.RpcError as error:
+            raise RequestFailed(f"the verifier failed: {error}") from error
         total_s = time.perf_counter() - started
         tokens = [token for response in responses for token in response.token_ids]
         return Answer(

@@ -88,7 +88,7 @@ class Benchmark:
         options: ServiceOptions = {"verifier": device | configuration.verifier, "speculator": device}
         async with running_stack(up, options, self._on_line) as stack:
             with channel(stack.verifier) as connection:
-                gateway = GatewayClient(stack.url, stack.model)
+                gateway = await asyncio.to_thread(GatewayClient.connect, stack.url)
                 direct = VerifierClient(connection, task.llm) if configuration.key in LATENCY_OF else None
                 await asyncio.to_thread(gateway.complete, task.prompts[0], min(WARM_UP_TOKENS, task.new_tokens))
                 for prompt in range(len(task.prompts)):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.common.setting_values import to_text
 from services.common.settings import ENVIRONMENT_PREFIX, to_flags, variable
 from services.launcher.environment import child_environment
-from services.launcher.plan import LOOPBACK, Planner
+from services.launcher.plan import FREE_ATTEMPTS, FREE_CHOICES, LOOPBACK, Planner
 from services.launcher.processes import Watchdog
 from services.launcher.readiness import grpc_probe
 from services.launcher.settings import UpSettings
@@ -29,10 +30,9 @@ DRAIN_S = 5.0
 
 @dataclass(frozen=True)
 class Stack:
-    """Addresses of a running stack: the gateway's URL, the name of its model, HOST:PORT of the verifier."""
+    """Addresses of a running stack: the gateway's URL, HOST:PORT of the verifier."""
 
     url: str
-    model: str
     verifier: str
 
 
@@ -57,7 +57,7 @@ async def running_stack(
     with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:
         plan = Planner(up, None, Path(folder), environ).plan()
         async with _running(plan.services, environ, Path(folder), on_line):
-            yield Stack(plan.url, plan.model, f"{LOOPBACK}:{port}")
+            yield Stack(plan.url, f"{LOOPBACK}:{port}")
 
 
 @asynccontextmanager
@@ -80,10 +80,16 @@ async def running_service(
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listens on, out of those that the launcher chooses from.
+
+    Raises:
+        OSError: none of some tries was free.
+    """
+    for port in random.sample(FREE_CHOICES, FREE_ATTEMPTS):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise OSError(f"{FREE_ATTEMPTS} ports of {FREE_CHOICES} are all taken; end what listens there")
 
 
 @asynccontextmanager

@@ -35,6 +35,11 @@ def serve() -> Iterator[Serve]:
                 self.end_headers()
                 self.wfile.write(body)
 
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b'{"data": [{"id": "tiny"}]}')
+
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
@@ -51,7 +56,9 @@ def serve() -> Iterator[Serve]:
 
 def test_a_stream_becomes_an_answer(serve: Serve) -> None:
     url = serve(200, event("one ") + event("two") + USAGE + DONE)
-    answer = GatewayClient(url, "m").complete("a prompt", 5)
+    client = GatewayClient.connect(url)
+    assert client.model == "tiny"
+    answer = client.complete("a prompt", 5)
     assert (answer.text, answer.tokens, answer.events, answer.llm_steps) == ("one two", 5, 2, 2)
     assert 0 < answer.first_token_s < answer.total_s
 
@@ -68,3 +75,8 @@ def test_a_stream_becomes_an_answer(serve: Serve) -> None:
 def test_a_refused_or_broken_stream_is_an_error(serve: Serve, status: int, body: bytes, message: str) -> None:
     with pytest.raises(RequestFailed, match=message):
         GatewayClient(serve(status, body), "m").complete("a prompt", 5)
+
+
+def test_an_address_where_nobody_listens_is_an_error(free_port: Callable[[], int]) -> None:
+    with pytest.raises(RequestFailed, match="ConnectionRefusedError"):
+        GatewayClient.connect(f"http://127.0.0.1:{free_port()}")
