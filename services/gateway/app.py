@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from services.gateway.errors import ApiError, from_verifier
 from services.gateway.exchange import CompletionResponse
 from services.gateway.gateway import Gateway
-from services.gateway.generation import ModelFacts, VerifierError
+from services.gateway.generation import ModelFacts, ModelMismatch, VerifierError
 from services.gateway.plan import check_model
 from services.gateway.records import RecordsUnavailable
 from services.gateway.schemas import CompletionRequest
@@ -79,6 +79,8 @@ async def missing_parts(gateway: Gateway) -> dict[str, str]:
         await gateway.verifier.facts()
         if not await gateway.verifier.serving():
             missing["verifier"] = f"{gateway.verifier.client.address} is not serving"
+    except ModelMismatch as error:
+        missing["tokenizer"] = str(error)
     except VerifierError as error:
         missing["verifier"] = str(error)
     try:

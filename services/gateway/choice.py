@@ -42,35 +42,52 @@ class Delta:
     llm_steps: int = 0
 
 
+class PromptText:
+    """What the choices of a prompt share.
+
+    text, offsets: the prompt's text and where each token begins in it; empty unless `whole`.
+    detokenizer: stands behind the prompt; for forks.
+    """
+
+    def __init__(self, tokenizer: GatewayTokenizer, token_ids: Sequence[int], *, whole: bool) -> None:
+        self.tokenizer = tokenizer
+        self.token_ids = token_ids
+        self.offsets: list[int] = []
+        self.text = ""
+        if not whole:
+            self.detokenizer = Detokenizer.behind(tokenizer, token_ids)
+            return
+        self.detokenizer = Detokenizer(tokenizer)
+        pieces, length = [], 0
+        for token_id in token_ids:
+            self.offsets.append(length)
+            pieces.append(self.detokenizer.push(token_id))
+            length += len(pieces[-1])
+        self.text = "".join(pieces)
+
+
 class ChoiceText:
     """Turns steps into deltas: text, stop strings, log-probability reports.
 
     echo: the prompt's text comes first, with its tokens' reports when there are any.
     report: whether log-probabilities were asked for.
+    Both need the whole prompt's text.
 
     `push` raises VerifierFailed when the reports do not fit the tokens.
     """
 
     def __init__(
-        self,
-        tokenizer: GatewayTokenizer,
-        prompt_token_ids: Sequence[int],
-        *,
-        stop: Sequence[str] = (),
-        echo: bool = False,
-        report: bool = False,
+        self, prompt: PromptText, *, stop: Sequence[str] = (), echo: bool = False, report: bool = False
     ) -> None:
-        self._tokenizer = tokenizer
-        self._prompt = prompt_token_ids
-        self._detokenizer = Detokenizer(tokenizer)
+        self._tokenizer = prompt.tokenizer
+        self._prompt = prompt
+        self._detokenizer = prompt.detokenizer.fork()
         self._stop_strings = StopStrings(stop)
-        self._echo = echo
         self._pending: deque[TokenReport] = deque()
-        self._prompt_offsets, prompt_text = self._walk_prompt()
         self._prompt_to_report = echo and report
-        self._echo_text = prompt_text if echo else ""
+        self._echo_text = prompt.text if echo else ""
         # characters given out, and characters made so far (shown + held back), both from the prompt's start
-        self._shown = self._made = len(prompt_text)
+        self._shown = self._made = len(prompt.text)
 
     def push(self, step: Step) -> Delta:
         """The piece that this step adds; the last one when it has a finish reason, and no step may follow it."""
@@ -129,17 +146,8 @@ class ChoiceText:
         while self._pending and (everything or self._pending[0].offset < self._shown):
             yield self._pending.popleft()
 
-    def _walk_prompt(self) -> tuple[list[int], str]:
-        """Offset of each prompt token, and the prompt's text."""
-        offsets, pieces, length = [], [], 0
-        for token_id in self._prompt:
-            offsets.append(length)
-            pieces.append(self._detokenizer.push(token_id))
-            length += len(pieces[-1])
-        return offsets, "".join(pieces)
-
     def _report_prompt(self, logprobs: Sequence[Logprob]) -> None:
-        prompt = self._prompt
+        prompt = self._prompt.token_ids
         if len(logprobs) != len(prompt) - 1:
             raise VerifierFailed(
                 f"the verifier sent {len(logprobs)} log-probabilities for a prompt of {len(prompt)} tokens"
@@ -147,7 +155,7 @@ class ChoiceText:
         start = next((i for i, token_id in enumerate(prompt) if not self._tokenizer.is_special(token_id)), None)
         self._pending.append(TokenReport(self._tokenizer.token_name(prompt[0], start == 0), 0, None, None))
         for i, logprob in enumerate(logprobs, start=1):
-            self._pending.append(self._token_report(prompt[i], self._prompt_offsets[i], logprob, i == start))
+            self._pending.append(self._token_report(prompt[i], self._prompt.offsets[i], logprob, i == start))
 
     def _token_report(self, token_id: int, offset: int, logprob: Logprob, starts_text: bool = False) -> TokenReport:
         name = self._tokenizer.token_name(token_id, starts_text)

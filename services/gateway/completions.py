@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.gateway.choice import ChoiceText, Delta
+from services.gateway.choice import ChoiceText, Delta, PromptText
 from services.gateway.generation import GenerationRequest
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.plan import CompletionPlan
@@ -48,7 +48,8 @@ class Completion:
         deadline: float,
     ) -> None:
         self._plan = plan
-        self._tokenizer = tokenizer
+        whole = plan.request.echo or plan.request.logprobs is not None
+        self._prompts = [PromptText(tokenizer, prompt, whole=whole) for prompt in plan.prompts]
         self._records = records
         self._metrics = metrics
         self._arrived = arrived
@@ -95,14 +96,9 @@ class Completion:
                         return
 
     def _choice_text(self, index: int) -> ChoiceText:
-        sequence, request = self._plan.sequences[index], self._plan.request
-        return ChoiceText(
-            self._tokenizer,
-            sequence.prompt_token_ids,
-            stop=request.stop,
-            echo=request.echo,
-            report=request.logprobs is not None,
-        )
+        request = self._plan.request
+        prompt = self._prompts[index // request.n]
+        return ChoiceText(prompt, stop=request.stop, echo=request.echo, report=request.logprobs is not None)
 
     def _account(self, index: int, delta: Delta, last: float | None) -> float:
         """Count a piece that came after `last`; returns its time."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 from services.gateway.tokenizer import GatewayTokenizer
+
+# More tokens than a character has bytes, with room for special tokens, which have none.
+TAIL_TOKENS = 16
 
 
 class Detokenizer:
@@ -20,6 +24,21 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
+
+    @classmethod
+    def behind(cls, tokenizer: GatewayTokenizer, token_ids: Sequence[int]) -> Self:
+        """One that goes on where these tokens end, whose text nobody asks for; O(1) for ordinary tokens."""
+        detokenizer = cls(tokenizer)
+        detokenizer._at_start = all(map(tokenizer.is_special, token_ids))
+        detokenizer.push_all(token_ids[-TAIL_TOKENS:])
+        return detokenizer
+
+    def fork(self) -> Detokenizer:
+        """An independent one in the same state."""
+        fork = Detokenizer(self._tokenizer)
+        fork._at_start = self._at_start
+        fork._utf8.setstate(self._utf8.getstate())
+        return fork
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes."""

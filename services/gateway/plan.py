@@ -127,9 +127,6 @@ async def _token_ids(prompt: Prompt, tokenizer: GatewayTokenizer) -> tuple[int, 
 def _check_prompt(prompt: tuple[int, ...], index: int, max_tokens: int, facts: ModelFacts) -> None:
     if not prompt:
         raise invalid(f"prompt {index} has no tokens; give a text that has some", "prompt")
-    for token_id in prompt:
-        if not 0 <= token_id < facts.vocab_size:
-            raise invalid(f"prompt {index} has token id {token_id}; allowed: 0..{facts.vocab_size - 1}", "prompt")
     if len(prompt) + max_tokens > facts.context_length:
         raise invalid(
             f"prompt {index} has {len(prompt)} tokens and max_tokens is {max_tokens}, {len(prompt) + max_tokens} in "
@@ -137,6 +134,9 @@ def _check_prompt(prompt: tuple[int, ...], index: int, max_tokens: int, facts: M
             "max_tokens" if len(prompt) < facts.context_length else "prompt",
             "context_length_exceeded",
         )
+    for token_id in prompt:
+        if not 0 <= token_id < facts.vocab_size:
+            raise invalid(f"prompt {index} has token id {token_id}; allowed: 0..{facts.vocab_size - 1}", "prompt")
 
 
 def _sampling(request: CompletionRequest, seed: int) -> Sampling:

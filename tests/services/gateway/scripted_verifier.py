@@ -44,7 +44,7 @@ class Script:
     reply: the tokens of a request, whatever was generated before; they end with the first stop token.
     step_size: tokens of each step. delay_s: before each step.
     announce: whether admission is announced before the first token.
-    refusal: answer to every Generate; refuse_behind: a full queue for every call behind so many.
+    refuse: the answer to the n-th call, counted from 0, if it is refused.
     failure: what a call ends with in place of its last step. finish: whether the last step has a finish reason.
     lost_after: the call fails as UNAVAILABLE once so many tokens are out, `losses` times, each `loss_distance` later.
     """
@@ -53,8 +53,7 @@ class Script:
     step_size: int = 1
     delay_s: float = 0.0
     announce: bool = True
-    refusal: StatusError | None = None
-    refuse_behind: int | None = None
+    refuse: Callable[[int], StatusError | None] = lambda call: None
     failure: StatusError | None = None
     finish: bool = True
     lost_after: int = 0
@@ -78,10 +77,8 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServicer):
         script = self.script
         script.requests.append(request)
         script.cancelled[request.request_id] = threading.Event()
-        if script.refusal is not None:
-            raise script.refusal
-        if script.refuse_behind is not None and len(script.requests) > script.refuse_behind:
-            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+        if (refusal := script.refuse(len(script.requests) - 1)) is not None:
+            raise refusal
         if script.announce:
             await context.send_initial_metadata((("specserve-admitted", "1"),))
         try:

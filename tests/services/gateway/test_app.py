@@ -53,7 +53,7 @@ def test_alive_and_ready(gateway: RunningGateway) -> None:
     ("settings", "part", "reason"),
     [
         ({"verifier": "127.0.0.1:1"}, "verifier", "unavailable"),
-        ({"facts": {"tokenizer_hash": "f00d"}}, "verifier", "f00d"),
+        ({"facts": {"tokenizer_hash": "f00d"}}, "tokenizer", "f00d"),
         ({"redis_url": "redis://127.0.0.1:1/0"}, "redis", "Redis"),
     ],
 )

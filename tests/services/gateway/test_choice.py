@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.choice import ChoiceText, Delta
+from services.gateway.choice import ChoiceText, Delta, PromptText
 from services.gateway.generation import FinishReason, Logprob, Step, VerifierFailed
 from services.gateway.tokenizer import GatewayTokenizer
 from tests.services.gateway.tokenizers_for_tests import CORPUS, byte_fallback, byte_level
@@ -31,7 +31,7 @@ def steps_of(token_ids: list[int], cuts: list[int]) -> list[Step]:
 
 
 def run(steps: list[Step], stop: list[str], echo: bool = False) -> list[Delta]:
-    text = ChoiceText(TOKENIZER, PROMPT, stop=stop, echo=echo, report=True)
+    text = ChoiceText(PromptText(TOKENIZER, PROMPT, whole=True), stop=stop, echo=echo, report=True)
     deltas = []
     for step in steps:
         deltas.append(text.push(step))
@@ -79,16 +79,16 @@ def test_reports_cover_the_shown_text(text: str, stop: list[str]) -> None:
 
 def test_a_character_that_begins_in_the_prompt() -> None:
     first, second = LIBRARY.encode("ó").ids
-    whole = ChoiceText(TOKENIZER, [first], echo=True)
+    whole = ChoiceText(PromptText(TOKENIZER, [first], whole=True), echo=True)
     assert whole.push(Step((second,), finish_reason=FinishReason.LENGTH)).text == "ó"
-    cut = ChoiceText(TOKENIZER, [*LIBRARY.encode("x").ids, first], echo=True)
+    cut = ChoiceText(PromptText(TOKENIZER, [*LIBRARY.encode("x").ids, first], whole=True), echo=True)
     assert cut.push(Step((), finish_reason=FinishReason.LENGTH)).text == "x\ufffd"
 
 
 def test_the_prompt_is_reported_as_it_is_written() -> None:
     library = byte_fallback()
     prompt = library.encode("the a").ids
-    text = ChoiceText(GatewayTokenizer(library), prompt, echo=True, report=True)
+    text = ChoiceText(PromptText(GatewayTokenizer(library), prompt, whole=True), echo=True, report=True)
     logprobs = tuple(Logprob(-1.0, ((prompt[1], -0.5),)) for _ in prompt[1:])
     delta = text.push(Step((), prompt_logprobs=logprobs, finish_reason=FinishReason.LENGTH))
     assert delta.text == "the a"
@@ -99,6 +99,6 @@ def test_the_prompt_is_reported_as_it_is_written() -> None:
 
 
 def test_reports_that_do_not_fit_the_prompt_are_refused() -> None:
-    text = ChoiceText(TOKENIZER, PROMPT, echo=True, report=True)
+    text = ChoiceText(PromptText(TOKENIZER, PROMPT, whole=True), echo=True, report=True)
     with pytest.raises(VerifierFailed, match="0 log-probabilities for a prompt of"):
         text.push(Step((5,), (Logprob(-1.0),)))

@@ -50,8 +50,11 @@ def test_a_completion_continues_its_prompt(tokenizer: Tokenizer, text: str, cut:
     cut = min(cut, len(token_ids))
     detokenizer = Detokenizer(GatewayTokenizer(tokenizer))
     prompt = detokenizer.push_all(token_ids[:cut])
+    fork = detokenizer.fork()
     completion = detokenizer.push_all(token_ids[cut:]) + detokenizer.finish()
     assert prompt + completion == tokenizer.decode(token_ids)
+    for same in (fork, Detokenizer.behind(GatewayTokenizer(tokenizer), token_ids[:cut])):
+        assert same.push_all(token_ids[cut:]) + same.finish() == completion
 
 
 def test_an_emoji_comes_with_its_last_byte() -> None:

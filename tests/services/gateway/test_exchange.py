@@ -56,7 +56,7 @@ def test_a_client_that_leaves_before_its_body_is_complete_is_forgotten(gateway: 
 @pytest.mark.parametrize(("retry_after_ms", "seconds"), [("250", "1"), ("2500", "3")])
 def test_a_full_queue(gateway: RunningGateway, stream: bool, retry_after_ms: str, seconds: str) -> None:
     full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "8 requests wait", {"retry-after-ms": retry_after_ms})
-    gateway.script.refusal = full
+    gateway.script.refuse = lambda call: full
     with pytest.raises(openai.RateLimitError, match="8 requests wait") as caught:
         gateway.client.completions.create(model="scripted", prompt="x", stream=stream)
     assert caught.value.response.headers["retry-after"] == seconds
@@ -75,7 +75,7 @@ def test_a_full_queue(gateway: RunningGateway, stream: bool, retry_after_ms: str
 def test_what_the_verifier_refuses_is_not_retried(
     gateway: RunningGateway, code: grpc.StatusCode, status: int, name: str
 ) -> None:
-    gateway.script.refusal = StatusError(code, "scripted refusal")
+    gateway.script.refuse = lambda call: StatusError(code, "scripted refusal")
     with pytest.raises(openai.APIStatusError) as caught:
         gateway.client.completions.create(model="scripted", prompt="x")
     assert (caught.value.status_code, caught.value.code) == (status, name)
@@ -86,7 +86,8 @@ def test_what_the_verifier_refuses_is_not_retried(
 def test_one_refused_choice_cancels_the_others(gateway: RunningGateway, announce: bool) -> None:
     long_reply(gateway)
     gateway.script.announce = announce
-    gateway.script.refuse_behind = 2
+    full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+    gateway.script.refuse = lambda call: full if call == 2 else None
     with pytest.raises(openai.RateLimitError):
         gateway.client.completions.create(model="scripted", prompt="x", n=3, max_tokens=200, stream=True)
     for request in gateway.script.requests[:2]:

@@ -58,6 +58,9 @@ def test_sigterm_drains(
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=10) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: ")
+            libraries = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "grpc" in libraries
+            assert "torch" not in libraries
             process.send_signal(signal.SIGTERM)
             began = time.monotonic()
             wait_until(lambda: not answers(url))

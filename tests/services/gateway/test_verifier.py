@@ -11,10 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import grpc
 import openai
 import pytest
 from tokenizers import Tokenizer
 
+from services.common.grpc_setup import StatusError
 from services.common.model_files import tokenizer_hash
 from tests.services.gateway.conftest import RunningGateway, counter, wait_until
 from tests.services.gateway.scripted_verifier import Facts
@@ -58,6 +60,18 @@ def test_attempts_are_bounded(start_gateway: Callable[..., RunningGateway]) -> N
         gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
     assert (caught.value.status_code, caught.value.code) == (503, "verifier_unavailable")
     # every attempt begins behind token 3, so none makes progress
+    assert len(gateway.script.requests) == 3
+
+
+def test_a_resumed_generation_waits_for_a_full_queue(gateway: RunningGateway) -> None:
+    gateway.says(TEXT)
+    gateway.script.lost_after, gateway.script.losses = 3, 1
+    full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", {"retry-after-ms": "300"})
+    gateway.script.refuse = lambda call: full if call == 1 else None
+    began = time.monotonic()
+    completion = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
+    assert completion.choices[0].text == TEXT
+    assert time.monotonic() - began >= 0.3
     assert len(gateway.script.requests) == 3
 
 
