@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from speculation.expansion import BestFirstExpansion, ChildPolicy, ChildSelection, StaticExpansion
-from speculation.logits import LogitsPipeline
 
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
 from runtime.transformer import Transformer
+from speculation.expansion import BestFirstExpansion, ChildPolicy, ChildSelection, StaticExpansion
+from speculation.logits import LogitsPipeline
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from speculation.expansion import ChildSelection
-
 from protos import speculator_pb2
 from services.speculator.drafter import DraftOrder
+from speculation.expansion import ChildSelection
 from speculation.tree import MAX_NODES
 
 MAX_DEPTH = 64

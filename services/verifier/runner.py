@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from speculation.merge import MergedDraft
 
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import KVCache, slot
 from runtime.transformer import Transformer
 from services.verifier.scheduler import SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
+from speculation.merge import MergedDraft
 
 
 @dataclass(frozen=True)

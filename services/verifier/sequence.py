@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from speculation.logits import LogitsPipeline
-
 from runtime.kv_cache import CachedSequence
 from services.verifier.request import FinishReason, GenerationRequest, Sink, TokenLogprob
+from speculation.logits import LogitsPipeline
 
 
 class Sequence:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import grpc
-from speculation.expansion import ChildSelection
 
 from protos import speculator_pb2, verifier_pb2
 from services.common.tree_wire import sampling_from_wire, sampling_to_wire, tree_from_wire
 from services.verifier.drafts import DraftOrder
 from services.verifier.request import FinishReason, GenerationRequest, InvalidRequest, StepOutput, TokenLogprob
+from speculation.expansion import ChildSelection
 from speculation.tree import InvalidTree, TokenTree
 
 _FINISH_REASONS = {
