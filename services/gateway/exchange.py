@@ -1,33 +1,35 @@
-"""One POST /v1/completions, from the body to the last byte sent. Knows HTTP, and nothing of tokens."""
+"""One POST /v1/completions, from the body to the last byte sent, and every way it can end in between."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
-from typing import Protocol
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from services.common.lifecycle import Draining
 from services.common.logs import request_id
-from services.gateway.choice import Delta
-from services.gateway.completions import Completion, Usage
+from services.gateway.completions import Completion
 from services.gateway.errors import RETRY_AFTER_S, ApiError, from_verifier, invalid
 from services.gateway.gateway import Gateway
 from services.gateway.generation import VerifierError
 from services.gateway.plan import CompletionPlan, plan_completion
 from services.gateway.records import RecordsUnavailable, State
-from services.gateway.responses import DONE_EVENT, ResponseWriter, event, to_json
+from services.gateway.replies import EventReply, JsonReply, Reply, send_error
+from services.gateway.responses import ResponseWriter
 from services.gateway.schemas import CompletionRequest
 
 log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
+# How long a client that does not read may delay the end of its failed request.
+FAREWELL_TIMEOUT_S = 5.0
 # Up to this many times the largest body are read and dropped.
 DROP_FACTOR = 4
 
@@ -56,87 +58,13 @@ async def read_body(request: Request, max_bytes: int) -> object:
         raise invalid(f"the body is not JSON: {error}", code="invalid_json") from error
 
 
-class Reply(Protocol):
-    """How a completion is sent: at once or as it comes."""
-
-    async def start(self) -> None:
-        """The request is admitted."""
-
-    async def piece(self, index: int, delta: Delta) -> None:
-        """The next piece of a choice."""
-
-    async def finish(self, usage: Usage) -> None:
-        """All choices are complete."""
-
-    async def fail(self, error: ApiError) -> None:
-        """There is no more, for this reason."""
-
-
-class JsonReply:
-    """One JSON object at the end."""
-
-    def __init__(self, send: Send, writer: ResponseWriter, choices: int) -> None:
-        self._send = send
-        self._writer = writer
-        self._choices: list[list[Delta]] = [[] for _ in range(choices)]
-
-    async def start(self) -> None:
-        """Nothing is sent before the end."""
-
-    async def piece(self, index: int, delta: Delta) -> None:
-        self._choices[index].append(delta)
-
-    async def finish(self, usage: Usage) -> None:
-        await send_json(self._send, 200, self._writer.response(self._choices, usage))
-
-    async def fail(self, error: ApiError) -> None:
-        await send_error(self._send, error)
-
-
-class EventReply:
-    """Server-sent events, one choice in each; a failure in mid-stream is an event, too, and the last one."""
-
-    def __init__(self, send: Send, writer: ResponseWriter) -> None:
-        self._send = send
-        self._writer = writer
-        self._started = False
-
-    async def start(self) -> None:
-        self._started = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", b"text/event-stream; charset=utf-8"),
-                    (b"cache-control", b"no-cache"),
-                    (b"x-accel-buffering", b"no"),
-                ],
-            }
-        )
-
-    async def piece(self, index: int, delta: Delta) -> None:
-        if delta.text or delta.reports or delta.finish_reason is not None:
-            await self._send(_body(event(self._writer.chunk(index, delta)), more=True))
-
-    async def finish(self, usage: Usage) -> None:
-        tail = event(self._writer.usage_chunk(usage)) if self._writer.include_usage else b""
-        await self._send(_body(tail + DONE_EVENT))
-
-    async def fail(self, error: ApiError) -> None:
-        if self._started:
-            await self._send(_body(event(error.body())))
-        else:
-            await send_error(self._send, error)
-
-
 class CompletionResponse(Response):
     """Serves one request in `__call__`; every way it can end is answered, recorded and counted here."""
 
     def __init__(self, gateway: Gateway) -> None:
+        super().__init__()
         self._gateway = gateway
         self._arrived = time.monotonic()
-        self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics = self._gateway.metrics
@@ -206,7 +134,9 @@ class CompletionResponse(Response):
             )
         if failure is not None:
             log.warning("completion failed", extra={"status": status, "reason": failure.message})
-            await reply.fail(failure)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+                    await reply.fail(failure)
         return status
 
 
@@ -246,21 +176,3 @@ def _api_error(error: ApiError | VerifierError | RecordsUnavailable) -> ApiError
             return from_verifier(error)
         case RecordsUnavailable():
             return ApiError(503, str(error), code="records_unavailable", retry_after_s=RETRY_AFTER_S)
-
-
-def _body(data: bytes, *, more: bool = False) -> Message:
-    return {"type": "http.response.body", "body": data, "more_body": more}
-
-
-async def send_json(send: Send, status: int, value: object, headers: dict[str, str] | None = None) -> None:
-    """Send a whole response."""
-    data = to_json(value)
-    fields = {"content-type": "application/json", "content-length": str(len(data))} | (headers or {})
-    encoded = [(name.encode(), text.encode()) for name, text in fields.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send(_body(data))
-
-
-async def send_error(send: Send, error: ApiError) -> None:
-    """Send an error as the whole response."""
-    await send_json(send, error.status, error.body(), dict(error.headers))

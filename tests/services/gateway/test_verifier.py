@@ -143,7 +143,7 @@ def test_a_verifier_that_does_not_come_back(start_gateway: Callable[..., Running
     began = time.monotonic()
     with pytest.raises(openai.APIStatusError, match="unavailable"):
         gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_another_tokenizer_is_refused_with_both_hashes(
