@@ -93,6 +93,10 @@ def _load(name: str, dtype: str, device: str) -> Any:
     return model.eval().to(device)
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     llm: Annotated[str, typer.Option(help="Folder or hub id of the model.")],
     assistant: Annotated[str | None, typer.Option(help="The small model of assisted generation.")] = None,
@@ -112,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -9,9 +9,7 @@ Everything runs with the same models and prompts in one go, so that the ratios d
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import datetime
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +34,7 @@ from benchmarks.configurations import (
 )
 from benchmarks.machine import describe_machine
 from benchmarks.prompts import DEFAULT_PROMPTS, BadPrompts, read_prompts
+from benchmarks.raw import raw_numbers
 from benchmarks.report import Conditions, serving_page, shown_command
 from benchmarks.rounds import Benchmark, Measurements, Task
 from benchmarks.summary import summarize, summarize_latency
@@ -62,7 +61,7 @@ async def run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn once a second: the picture shares the cores with what is measured.
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
-        bar = progress.add_task("trying bf16", total=None)
+        bar = progress.add_task("trying bf16" if try_bf16 else "starting", total=None)
         benchmark = Benchmark(
             task,
             lambda line: console.print(line, markup=False, highlight=False, style="dim"),
@@ -89,12 +88,7 @@ def write_results(
     chart = out.with_suffix(".svg")
     draw_chart(rows, chart)
     out.write_text(serving_page(rows, latency, measured.steps, conditions, chart.name), encoding="utf-8")
-    raw = {
-        "conditions": dataclasses.asdict(conditions),
-        "rows": [dataclasses.asdict(row) for row in rows],
-        **dataclasses.asdict(measured),
-    }
-    out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".json").write_text(raw_numbers(conditions, rows, measured), encoding="utf-8")
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -68,6 +68,10 @@ def _step_ms(model: Transformer, cache: KVCache, sequence: CachedSequence, tree:
     return 1000 * (time.perf_counter() - started)
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     model: Annotated[str, typer.Option(help="Folder or hub id.")],
     context: Annotated[int, typer.Option(min=1, help="Tokens in front of the tree.")] = 128,
@@ -82,4 +86,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

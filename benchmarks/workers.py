@@ -64,7 +64,7 @@ async def _json_lines(
         code = await process.wait()
         await errors
         if code != 0:
-            raise WorkerFailed(f"{module} ended with exit code {code}: " + "\n".join(tail))
+            raise WorkerFailed(f"{module} ended with exit code {code}: " + " | ".join(tail))
     finally:
         if process.returncode is None:
             process.terminate()

@@ -50,7 +50,9 @@ def test_the_speed_table(pair: tuple[Path, Path], prompts: Path, tmp_path: Path)
     assert [step["model"] for step in raw["steps"]] == [llm.name, ssm.name]
     pairs = raw["latency"]
     assert [pair["configuration"] for pair in pairs] == ["plain", "plain", "tree", "tree"]
-    assert all(pair["gateway"]["text"] == pair["direct"]["text"] for pair in pairs)
+    assert all(answer["text"] is None for pair in pairs for answer in (pair["gateway"], pair["direct"]))
+    assert len(raw["texts"]) == 2
+    assert len(raw["samples"]) == 2 * len(rows)
     page = out.read_text()
     assert sum(line.endswith("| 2 of 2 | 2 of 2 |") for line in page.splitlines()) == len(rows)
     assert str(tmp_path) not in page
