@@ -1,0 +1,173 @@
+"""`specserve up` as a user runs it, and the OpenAI SDK against it: completions, kills in the middle, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.ports import free_port
+
+START_TIMEOUT_S = 120.0
+PROMPT = "Once upon a time, there was a little girl who"
+
+
+class Stack:
+    """A running `specserve up`."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.port = free_port()
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "services.launcher.main", "up", "--port", str(self.port), *flags]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def wait_ready(self) -> None:
+        self.wait(lambda: "SpecServe is ready" in self.log.read_text(), START_TIMEOUT_S)
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the services that run now, by module."""
+        found: dict[str, int] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                parent = int(re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())[1])  # type: ignore[index]  # every status has it
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent == self.process.pid:
+                modules = [word for word in command if word.startswith(b"services.")]
+                found[modules[0].decode() if modules else "redis"] = int(folder.name)
+        return found
+
+    def complete(self, tokens: int = 40) -> str:
+        answer = self.client.completions.create(model="default-llm", prompt=PROMPT, max_tokens=tokens, temperature=0)
+        return answer.choices[0].text
+
+    def interrupt(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    started = Stack(tmp_path_factory.mktemp("stack"), "--threads", "1")
+    try:
+        started.wait_ready()
+        yield started
+    finally:
+        started.process.terminate()
+        started.process.wait(60)
+
+
+def test_streamed_and_whole_completions_agree(stack: Stack) -> None:
+    whole = stack.complete()
+    stream = stack.client.completions.create(
+        model="default-llm", prompt=PROMPT, max_tokens=40, temperature=0, stream=True
+    )
+    assert "".join(event.choices[0].text for event in stream) == whole
+    assert len(whole.split()) > 15
+
+
+def test_a_seed_fixes_the_text(stack: Stack) -> None:
+    def sample(seed: int) -> list[str]:
+        answer = stack.client.completions.create(
+            model="default-llm", prompt=PROMPT, max_tokens=30, temperature=1, seed=seed, n=3
+        )
+        return [choice.text for choice in answer.choices]
+
+    assert sample(1) == sample(1)
+    assert len({*sample(1), *sample(2)}) == 6
+
+
+def test_a_bad_request_is_named(stack: Stack) -> None:
+    with pytest.raises(openai.BadRequestError, match="max_tokens") as caught:
+        stack.client.completions.create(model="default-llm", prompt=PROMPT, max_tokens=100_000)
+    assert caught.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize("service", ["services.speculator", "services.verifier"])
+def test_a_service_killed_in_the_middle_changes_no_text(service: str, stack: Stack) -> None:
+    whole = stack.complete(400)
+    pid = stack.pids()[service]
+    stream = stack.client.completions.create(
+        model="default-llm", prompt=PROMPT, max_tokens=400, temperature=0, stream=True
+    )
+    pieces = [next(stream).choices[0].text]
+    os.kill(pid, signal.SIGKILL)
+    pieces += [event.choices[0].text for event in stream]
+    assert "".join(pieces) == whole
+    stack.wait(lambda: stack.pids().get(service, pid) != pid)
+    stack.wait(lambda: httpx.get(f"{stack.url}/ready").status_code == 200)
+    assert stack.complete(400) == whole
+
+
+def test_specserve_complete_streams_into_the_terminal(stack: Stack) -> None:
+    command = [sys.executable, "-m", "services.launcher.main", "complete", PROMPT, "--url", stack.url]
+    shown = subprocess.run(
+        [*command, "--max-tokens", "40", "--temperature", "0"], capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert stack.complete().split()[0] in shown.stdout
+    assert "tokens/step" in shown.stdout + shown.stderr
+
+
+def test_ctrl_c_ends_everything_and_leaves_nothing(tmp_path: Path) -> None:
+    stack = Stack(tmp_path, "--threads", "1")
+    stack.wait_ready()
+    pids = stack.pids()
+    assert set(pids) == {"redis", "services.speculator", "services.verifier", "services.gateway"}
+    assert stack.interrupt() in (0, 130)
+    assert not [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(stack.url)
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: _change_tokenizer(folder), "tokenizer"),
+    ],
+)
+def test_a_model_that_cannot_be_served_stops_the_start_with_one_line(
+    damage: Callable[[Path], None], complaint: str, tmp_path: Path
+) -> None:
+    from tests.e2e.test_default_models import LLM, SSM
+
+    ssm = tmp_path / "ssm"
+    ssm.mkdir()
+    for file in SSM.iterdir():
+        if file.is_file():
+            (ssm / file.name).write_bytes(file.read_bytes())
+    damage(ssm)
+    stack = Stack(tmp_path, "--threads", "1", "--llm", str(LLM), "--ssm", str(ssm))
+    assert stack.process.wait(START_TIMEOUT_S) == 1
+    last = stack.log.read_text().strip().splitlines()
+    assert any(complaint in line for line in last[-8:])
+    assert "Traceback" not in stack.log.read_text()
+
+
+def _change_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    merges = tokenizer["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
