@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.prompts import DEFAULT_PROMPTS, read_prompts
 from services.launcher.settings import UpSettings
-from tests.services.harness import Services, Verifier, services
+from tests.services.harness import Verifier, services
 from tests.tiny_models import write_relative
 
 LLM = Path(UpSettings().llm)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer
 
 from training.corpus import END_OF_TEXT, CorpusFile, sample_windows, spread_windows, tokenize_corpus
@@ -77,7 +78,6 @@ def test_a_tokenizer_without_the_end_is_refused(files: list[CorpusFile]) -> None
 
 
 def test_transformers_reads_the_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    import transformers
 
     save_tokenizer(tokenizer, tmp_path / "out", context=77)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
