@@ -128,7 +128,9 @@ def main(
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = describe_machine(threads)
     try:
-        task = Task(llm, tuple(ssm or DEFAULTS.ssm), read_prompts(prompts), new_tokens, rounds, device, threads)
+        task = Task(
+            llm, tuple(ssm or UpSettings(llm=llm).drafting), read_prompts(prompts), new_tokens, rounds, device, threads
+        )
         for model in (task.llm, *task.ssms):
             resolve_model(model)
         chosen, measured = asyncio.run(run(task, configurations, bf16, console))

@@ -37,7 +37,7 @@ from services.launcher.supervisor import ServiceFailed
 DEFAULTS = UpSettings()
 WARM_UP_TOKENS = 16
 # What is tried unless the flags say otherwise.
-SSMS = list(DEFAULTS.ssm)
+SSMS = list(DEFAULTS.drafting)
 NODES = [4, 8, 12, 16]
 DEPTHS = [4, 6, 8]
 CONFIDENCES = [0.02, 0.05, 0.1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from runtime.transformer import LoadOptions, Transformer
 from services.common.lifecycle import StartupError
 from services.common.model_facts import ModelFacts
 from services.common.model_files import resolve_model, tokenizer_hash
+
+log = logging.getLogger(__name__)
 
 
 def use_threads(threads: int) -> None:
@@ -58,7 +61,11 @@ class LoadedModel:
             cache = model.new_cache(kv_memory, max_sequences, kv_blocks)
         except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
             raise StartupError(str(error)) from None
-        return cls(model, cache, _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder)))
+        facts = _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder))
+        log.info("model loaded", extra={**vars(facts), "because": model.backend.reason, "kv_blocks": cache.blocks})
+        if facts.kernels == "torch" and options.kernels == "auto":
+            log.warning("no kernels of our own run: text comes slowly", extra={"because": model.backend.reason})
+        return cls(model, cache, facts)
 
 
 def _facts(name: str, model: Transformer, tokenizer: str) -> ModelFacts:

@@ -54,8 +54,8 @@ class Planner:
             NoRedisServer: none was given and there is none to start.
         """
         settings = self._settings
-        drafts = settings.speculator and bool(settings.ssm)
-        for model in (settings.llm, *(settings.ssm if drafts else ())):
+        drafts = bool(settings.drafting)
+        for model in (settings.llm, *settings.drafting):
             resolve_model(model)
         redis = settings.redis_url or redis_url(self._folder)
         with ExitStack() as held:
@@ -73,7 +73,7 @@ class Planner:
         return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url), silent=True)
 
     def _speculator(self, address: str) -> Service:
-        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.ssm}
+        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.drafting}
         command = self._command("speculator", decided, SHARED_BY_MODELS)
         return Service("speculator", command, grpc_probe(address), expendable=True)
 

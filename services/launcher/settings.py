@@ -9,6 +9,8 @@ from typing import Literal
 from services.common.settings import setting
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
+EMBEDDED_LLM = str(MODELS / "default-llm")
+EMBEDDED_SSM = str(MODELS / "default-ssm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +20,10 @@ class UpSettings:
     Other settings of the services come from their own tables of the --config file, or from the environment.
     """
 
-    llm: str = setting("Large model: a folder or a hub id.", default=str(MODELS / "default-llm"))
+    llm: str = setting("Large model: a folder or a hub id.", default=EMBEDDED_LLM)
     ssm: tuple[str, ...] = setting(
-        "Small model that drafts for it: a folder or a hub id; repeatable.", default=(str(MODELS / "default-ssm"),)
+        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded large model has an embedded one.",
+        default=(),
     )
     speculator: bool = setting("Draft with small models; without, the large model works alone.", default=True)
     host: str = setting("Address that the HTTP API listens on.", default="127.0.0.1")
@@ -35,3 +38,10 @@ class UpSettings:
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("Least severe lines to log.", default="info")
     log_format: Literal["console", "json"] = setting("Log lines for people or for machines.", default="console")
+
+    @property
+    def drafting(self) -> tuple[str, ...]:
+        """The small models that draft: those given, else the embedded one where it fits, else none."""
+        if not self.speculator:
+            return ()
+        return self.ssm or ((EMBEDDED_SSM,) if self.llm == EMBEDDED_LLM else ())

@@ -163,7 +163,6 @@ def _load(settings: SpeculatorSettings) -> list[LoadedModel]:
     share = settings.kv_memory / len(settings.ssm)
     loaded = [LoadedModel.load(ssm, options, share, settings.max_sequences) for ssm in settings.ssm]
     for model in loaded:
-        log.info("model loaded", extra={**vars(model.facts), "kernels_because": model.model.backend.reason})
         try:
             model.facts.check_drafts_for(loaded[0].facts)
         except ModelMismatch as error:

@@ -102,8 +102,6 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterat
         settings.model_name,
     )
     facts = loaded.facts
-    because = loaded.model.backend.reason
-    log.info("model loaded", extra={**vars(facts), "kernels_because": because, "kv_blocks": loaded.cache.blocks})
     metrics = VerifierMetrics(lifecycle.registry)
     engine = _build_engine(settings, loaded, await _connect(settings, facts, metrics), metrics, lifecycle)
     server = aio_server(lifecycle)

@@ -17,7 +17,7 @@ from tests.services.harness import Verifier, services
 from tests.tiny_models import write_relative
 
 LLM = Path(UpSettings().llm)
-SSM = Path(UpSettings().ssm[0])
+SSM = Path(UpSettings().drafting[0])
 NEW_TOKENS = 64
 PROMPTS = 16
 

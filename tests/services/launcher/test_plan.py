@@ -12,7 +12,7 @@ from services.common.model_files import ModelFilesError
 from services.common.settings import SettingsError, fields_of
 from services.gateway.settings import GatewaySettings
 from services.launcher.plan import Plan, Planner
-from services.launcher.settings import UpSettings
+from services.launcher.settings import EMBEDDED_SSM, UpSettings
 from services.speculator.settings import SpeculatorSettings
 from services.verifier.settings import VerifierSettings
 
@@ -53,6 +53,13 @@ def test_the_services_are_told_of_each_other(settings: UpSettings) -> None:
     ports = {part["--port"][0] for part in (speculator, verifier, gateway)}
     assert len(ports) == 3
     assert "0" not in ports
+
+
+def test_the_embedded_small_model_drafts_for_the_embedded_large_one_alone() -> None:
+    assert UpSettings().drafting == (EMBEDDED_SSM,)
+    assert UpSettings(speculator=False).drafting == ()
+    assert UpSettings(llm="other").drafting == ()
+    assert UpSettings(llm="other", ssm=("small",)).drafting == ("small",)
 
 
 def test_every_flag_is_a_setting_of_its_service(settings: UpSettings) -> None:
