@@ -22,7 +22,7 @@ class UpSettings:
 
     llm: str = setting("Large model: a folder or a hub id.", default=EMBEDDED_LLM)
     ssm: tuple[str, ...] = setting(
-        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded large model has an embedded one.",
+        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has an embedded one.",
         default=(),
     )
     speculator: bool = setting("Draft with small models; without, the large model works alone.", default=True)
