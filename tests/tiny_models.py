@@ -101,7 +101,21 @@ def write_model(
 
 def hugging_face_greedy(folder: Path, prompt: list[int], new_tokens: int) -> list[int]:
     """Greedy continuation by Hugging Face `generate`, stopping at the end-of-text token."""
+    return hugging_face_texts(folder, [prompt], new_tokens)[0]
+
+
+def hugging_face_texts(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy continuations, one prompt after the other, on one thread: two starve on a busy machine."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [_greedy(model, prompt, new_tokens) for prompt in prompts]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from tokenizers import Tokenizer
 
 from benchmarks.prompts import DEFAULT_PROMPTS, read_prompts
-from services.launcher.settings import UpSettings
+from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSM
 from tests.services.harness import Verifier, services
-from tests.tiny_models import write_relative
+from tests.tiny_models import hugging_face_texts, write_relative
 
-LLM = Path(UpSettings().llm)
-SSM = Path(UpSettings().drafting[0])
+LLM = Path(EMBEDDED_LLM)
+SSM = Path(EMBEDDED_SSM)
 NEW_TOKENS = 64
 PROMPTS = 16
 
@@ -28,13 +26,8 @@ Text = tuple[list[int], list[int]]
 def texts() -> list[Text]:
     """Prompts and Hugging Face's greedy continuations of them."""
     tokenizer = Tokenizer.from_file(str(LLM / "tokenizer.json"))
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(LLM, dtype=torch.float32)
-    texts: list[Text] = []
-    for prompt in read_prompts(DEFAULT_PROMPTS)[:PROMPTS]:
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
-        texts.append((ids[0].tolist(), output[0, ids.shape[1] :].tolist()))
-    return texts
+    prompts = [tokenizer.encode(prompt).ids for prompt in read_prompts(DEFAULT_PROMPTS)[:PROMPTS]]
+    return list(zip(prompts, hugging_face_texts(LLM, prompts, NEW_TOKENS), strict=True))
 
 
 @pytest.fixture(scope="module")
