@@ -77,8 +77,8 @@ class Benchmark:
 
     async def measure_steps(self) -> None:
         """Step times of the LLM, then of each SSM."""
-        for model in (self.task.llm, *self.task.ssms):
-            options = {"model": model, "device": self.task.device, "threads": self.task.threads}
+        for model, threads in ((self.task.llm, self.task.threads), *((ssm, 1) for ssm in self.task.ssms)):
+            options = {"model": model, "device": self.task.device, "threads": threads}
             self.measured.steps.append(await step_times(options))
 
     async def _run_stack(self, configuration: Configuration, turn: int) -> None:

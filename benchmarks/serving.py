@@ -105,7 +105,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every configuration answers all prompts.")] = 3,
     device: Annotated[str, typer.Option(help="Where all models run: cpu, cuda, ...")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each model; 0: all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the large model; 0: all cores.")] = 0,
     sequence_length: Annotated[int, typer.Option(min=1, help="Length of the chains of sequence speculation.")] = 4,
     static_width: Annotated[
         list[int] | None,

@@ -89,7 +89,7 @@ class Sweep:
     async def outcomes(self, shapes: Sequence[DraftShape]) -> AsyncIterator[Outcome]:
         """One for each shape, in their order."""
         for settings, group in itertools.groupby(shapes, DraftShape.speculator):
-            options = {"ssm": self.ssms, "device": "cpu", "threads": self.threads} | settings
+            options = {"ssm": self.ssms, "device": "cpu"} | settings
             async with running_service("speculator", options, self.on_line) as speculator:
                 for shape in group:
                     yield await self._outcome(shape, speculator)
@@ -185,7 +185,7 @@ def main(
     prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = DEFAULT_PROMPTS,
     every: Annotated[int, typer.Option(min=1, help="Take every n-th prompt.")] = 2,
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 64,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each model; 0: all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the large model; 0: all cores.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the table to this file too.")] = None,
 ) -> None:
     """Measures one stream with every combination of draft settings, and prints a table, fastest first."""

@@ -5,6 +5,7 @@ Takes positions and ancestor masks, not trees; knows nothing of requests, sampli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import torch
 
 from kernels.backend import Backend, RequestedName, choose_backend
 from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
+from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
+from kernels.draft_loop.native import GrownTree, NativeDraftLoop, TreeBounds
+from kernels.packed_linear.native import NativeLinear
 from runtime.batch import FlatBatch
 from runtime.config import ModelConfig, inverse_frequencies, read_config
-from runtime.kv_cache import BLOCK_SIZE, CacheFull, KVCache, blocks_from_memory, longest_sequence_blocks
+from runtime.kv_cache import BLOCK_SIZE, CachedSequence, CacheFull, KVCache, blocks_from_memory, longest_sequence_blocks
 from runtime.weights import Checkpoint, LayerWeights, ModelWeights, load_weights, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,6 +60,7 @@ class Transformer:
         self._final_norm = weights.final_norm.to(self.activation_dtype)
         self._head = backend.pack_linear(weights.head)
         self._cos, self._sin = _rotary_tables(config, device)
+        self._draft_loop = self._native_draft_loop()
 
     @classmethod
     def load(cls, folder: Path, options: LoadOptions) -> Transformer:
@@ -116,6 +121,29 @@ class Transformer:
         """Next-token logits of some rows: hidden [rows, hidden] -> float32 [rows, vocab]."""
         normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
         return self._head(normed).float()
+
+    @property
+    def grows_trees(self) -> bool:
+        """Whether `grow_tree` is there: with the native kernels."""
+        return self._draft_loop is not None
+
+    def grow_tree(
+        self, cache: KVCache, sequence: CachedSequence, pending: Sequence[int], bounds: TreeBounds
+    ) -> GrownTree:
+        """Compute a sequence's uncomputed tokens and grow a tree of likely tokens below the last of them, in one call.
+
+        The sequence needs blocks for `pending` and for every node that is evaluated; its length is left as it is.
+        """
+        assert self._draft_loop is not None, "ask grows_trees first"
+        return self._draft_loop.grow(cache.data, sequence.blocks, BLOCK_SIZE, sequence.length, pending, bounds)
+
+    def _native_draft_loop(self) -> NativeDraftLoop | None:
+        pairs = list(zip(self._attention, self._mlp, strict=True))
+        blocks = [(a, m) for a, m in pairs if isinstance(a, NativeAttentionBlock) and isinstance(m, NativeMlpBlock)]
+        if len(blocks) < len(pairs) or not isinstance(self._head, NativeLinear):
+            return None
+        norm, epsilon = self._final_norm, self.config.norm_epsilon
+        return NativeDraftLoop(blocks, norm, epsilon, self._head, self._embedding, self._cos, self._sin)
 
     @torch.inference_mode()
     def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:

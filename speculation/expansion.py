@@ -116,6 +116,20 @@ class Expansion(ABC):
             self._source,
         ).depth_first()
 
+    def adopt(
+        self, token_ids: Sequence[int], parents: Sequence[int], confidences: Sequence[float], evaluated: Sequence[int]
+    ) -> None:
+        """Take over what a loop elsewhere has grown by the same rules from this root, in place of `extend`.
+
+        confidences: log-probability of each node's path. evaluated: nodes in the order of their slots.
+        """
+        self.token_ids, self._parents = list(token_ids), list(parents)
+        self._confidences, self.evaluated = list(confidences), list(evaluated)
+        self._depths = [0] * len(self.token_ids)
+        for node in range(1, len(self.token_ids)):
+            self._depths[node] = self._depths[self._parents[node]] + 1
+        self._frontier = []
+
     def depth(self, node: int) -> int:
         """Depth of a node; the root's is 0."""
         return self._depths[node]

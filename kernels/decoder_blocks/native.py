@@ -41,7 +41,7 @@ class NativeAttentionBlock:
         self._hidden = weights.hidden
         self._kv_shape = (2, None, weights.kv_heads, weights.head_dim)
         self._half_dim = weights.head_dim // 2
-        layer = AttentionLayerStruct(
+        self.struct = AttentionLayerStruct(
             self._qkv.struct,
             self._output.struct,
             *(pointer(norm) for norm in self._norms),
@@ -51,7 +51,7 @@ class NativeAttentionBlock:
             weights.norm_eps,
             weights.softmax_scale,
         )
-        self._layer = byref(layer)
+        self._layer = byref(self.struct)
 
     def __call__(
         self, hidden: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch, *, residual: bool = False
@@ -85,9 +85,8 @@ class NativeMlpBlock:
         self._down = NativeLinear(weights.down)
         self._norm = _wide(weights.norm)
         self._hidden = weights.hidden
-        self._layer = byref(
-            MlpLayerStruct(self._gate_up.struct, self._down.struct, pointer(self._norm), weights.norm_eps)
-        )
+        self.struct = MlpLayerStruct(self._gate_up.struct, self._down.struct, pointer(self._norm), weights.norm_eps)
+        self._layer = byref(self.struct)
 
     def __call__(self, hidden: torch.Tensor, *, residual: bool = False) -> torch.Tensor:
         check_tensor("hidden", hidden, (None, self._hidden), torch.float32)

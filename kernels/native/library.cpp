@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "decoder_blocks.h"
+#include "draft_loop.h"
 
 using namespace specserve;
 
@@ -85,6 +86,11 @@ void specserve_attention_block(const AttentionLayer* layer, const AttentionBatch
 void specserve_mlp_block(const MlpLayer* layer, const float* hidden, std::int64_t rows, std::int32_t residual,
                          float* out) {
   mlp_block(Lease().pool(), *layer, hidden, rows, residual != 0, out);
+}
+
+void specserve_grow_tree(const Decoder* decoder, const SequenceCache* cache, const std::int64_t* pending_tokens,
+                         std::int64_t pending, const TreeBounds* bounds, GrownTree* tree) {
+  grow_tree(Lease().pool(), *decoder, *cache, pending_tokens, pending, *bounds, *tree);
 }
 
 // cache: [planes, slots, slot_bytes].

@@ -9,7 +9,16 @@ from functools import cache
 import torch
 
 from kernels.build import library_path
-from kernels.native.structures import AttentionBatchStruct, AttentionLayerStruct, LinearStruct, MlpLayerStruct
+from kernels.native.structures import (
+    AttentionBatchStruct,
+    AttentionLayerStruct,
+    DecoderStruct,
+    GrownTreeStruct,
+    LinearStruct,
+    MlpLayerStruct,
+    SequenceCacheStruct,
+    TreeBoundsStruct,
+)
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "specserve_set_threads": (None, [c_int32]),
@@ -47,6 +56,17 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "specserve_mlp_block": (None, [POINTER(MlpLayerStruct), c_void_p, c_int64, c_int32, c_void_p]),
+    "specserve_grow_tree": (
+        None,
+        [
+            POINTER(DecoderStruct),
+            POINTER(SequenceCacheStruct),
+            POINTER(c_int64),
+            c_int64,
+            POINTER(TreeBoundsStruct),
+            POINTER(GrownTreeStruct),
+        ],
+    ),
     "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
 }
 

@@ -5,7 +5,7 @@ A structure holds bare pointers: whoever makes one keeps the tensors alive besid
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 
 import torch
@@ -68,6 +68,62 @@ class MlpLayerStruct(Structure):
         ("down", LinearStruct),
         ("norm", c_void_p),
         ("norm_eps", c_float),
+    )
+
+
+class DecoderStruct(Structure):
+    """Decoder of draft_loop.h."""
+
+    _fields_ = (
+        ("attention", POINTER(AttentionLayerStruct)),
+        ("mlp", POINTER(MlpLayerStruct)),
+        ("layers", c_int64),
+        ("head", LinearStruct),
+        ("final_norm", c_void_p),
+        ("norm_eps", c_float),
+        ("embedding_is_bfloat16", c_int32),
+        ("embedding", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    )
+
+
+class SequenceCacheStruct(Structure):
+    """SequenceCache of draft_loop.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("slots", c_int64),
+        ("is_bfloat16", c_int32),
+        ("block_table", POINTER(c_int32)),
+        ("max_blocks", c_int64),
+        ("block_size", c_int64),
+        ("length", c_int64),
+    )
+
+
+class TreeBoundsStruct(Structure):
+    """TreeBounds of draft_loop.h."""
+
+    _fields_ = (
+        ("max_nodes", c_int64),
+        ("max_depth", c_int64),
+        ("beam", c_int64),
+        ("floor", c_float),
+        ("widths", POINTER(c_int64)),
+    )
+
+
+class GrownTreeStruct(Structure):
+    """GrownTree of draft_loop.h."""
+
+    _fields_ = (
+        ("token_ids", POINTER(c_int32)),
+        ("parents", POINTER(c_int32)),
+        ("confidences", POINTER(c_float)),
+        ("evaluated", POINTER(c_int32)),
+        ("nodes", c_int64),
+        ("evaluated_count", c_int64),
     )
 
 

@@ -24,7 +24,6 @@ FREE_CHOICES = range(20_000, 30_000)
 FREE_ATTEMPTS = 20
 # Settings that `up` hands on to a service, unless the service's own table or environment gives them.
 SHARED = ("log_level", "log_format", "drain_timeout_s")
-SHARED_BY_MODELS = (*SHARED, "threads")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Planner:
 
     def _speculator(self, address: str) -> Service:
         decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.drafting}
-        command = self._command("speculator", decided, SHARED_BY_MODELS)
+        command = self._command("speculator", decided, SHARED)
         return Service("speculator", command, grpc_probe(address), expendable=True)
 
     def _verifier(self, address: str, speculators: tuple[str, ...]) -> Service:
@@ -84,7 +83,7 @@ class Planner:
             "llm": self._settings.llm,
             "speculator": speculators,
         }
-        return Service("verifier", self._command("verifier", decided, SHARED_BY_MODELS), grpc_probe(address))
+        return Service("verifier", self._command("verifier", decided, (*SHARED, "threads")), grpc_probe(address))
 
     def _gateway(self, port: int, verifier: str, redis: str) -> Service:
         settings = self._settings

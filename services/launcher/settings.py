@@ -31,7 +31,9 @@ class UpSettings:
     verifier_port: int = setting("Port of the verifier; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
     speculator_port: int = setting("Port of the speculator; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
     redis_url: str | None = setting("A Redis server that runs already; without, one is started.", default=None)
-    threads: int = setting("CPU threads of each model; 0: all cores.", default=0, minimum=0)
+    threads: int = setting(
+        "CPU threads of the large model; 0: all cores. Small ones have their own setting.", default=0, minimum=0
+    )
     start_timeout_s: float = setting("Seconds that a service may take to start.", default=300.0, minimum=1)
     drain_timeout_s: float = setting(
         "Seconds that open requests may take to end after Ctrl-C.", default=30.0, minimum=0

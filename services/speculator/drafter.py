@@ -5,11 +5,13 @@ Knows nothing of the network. Not thread-safe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from kernels.draft_loop.native import TreeBounds
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
 from runtime.transformer import Transformer
@@ -105,7 +107,9 @@ class Drafter:
         growing = [(session, order) for session, order in growing if self._prepare(session, order, growing)]
         for session, order in growing:
             session.expansion = self._expansion(session, order)
-        level = [session for session, _ in growing]
+            if self._grows_natively(session, order):
+                self._grow_natively(session, order)
+        level = [session for session, _ in growing if _growing(session).frontier()]
         log_probs = self._roots(level)
         while level:
             level = [session for session, rows in zip(level, log_probs, strict=True) if _extend(session, rows)]
@@ -132,6 +136,25 @@ class Drafter:
                 victim.expansion = None
             else:
                 return True
+
+    def _grows_natively(self, session: Session, order: DraftOrder) -> bool:
+        """Greedy drafts need nothing of Python between their levels; long prompts are computed chunk by chunk."""
+        plain = session.pipeline.plain_argmax and order.selection is ChildSelection.TOP
+        return plain and self.model.grows_trees and self._uncomputed(session) <= self.settings.prefill_chunk
+
+    def _grow_natively(self, session: Session, order: DraftOrder) -> None:
+        depth = min(order.depth, len(order.widths)) if order.widths else order.depth
+        floor = 0.0 if order.widths else self.settings.min_confidence
+        bounds = TreeBounds(
+            nodes=order.nodes,
+            depth=depth,
+            beam=self.settings.beam,
+            floor=math.log(floor) if floor > 0 else -math.inf,
+            widths=order.widths[:depth],
+        )
+        grown = self.model.grow_tree(self.cache, session.cache, session.tokens[session.cache.length :], bounds)
+        session.cache.length = len(session.tokens) - 1
+        _growing(session).adopt(grown.token_ids, grown.parents, grown.confidences, grown.evaluated)
 
     def _expansion(self, session: Session, order: DraftOrder) -> Expansion:
         root, position = session.tokens[-1], len(session.tokens)

@@ -18,7 +18,11 @@ class SpeculatorSettings(ServiceSettings):
     device: str = setting("auto, cpu, cuda, cuda:1, ...", default="auto")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("Type of the weights; auto: as stored.", default="auto")
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
-    threads: int = setting("CPU threads of the models; 0: all cores.", default=0, minimum=0)
+    threads: int = setting(
+        "CPU threads of the models; 0: all cores. A model as small as these rarely gains from a second one.",
+        default=1,
+        minimum=0,
+    )
     kv_memory: float = setting(
         "Fraction of the free memory for the KV caches.", default=0.2, minimum=0.01, maximum=0.95
     )
@@ -26,7 +30,7 @@ class SpeculatorSettings(ServiceSettings):
         "Sequences whose KV each model keeps; older ones are computed again.", default=64, minimum=1
     )
     prefill_chunk: int = setting("Tokens of one sequence in one forward pass.", default=512, minimum=1)
-    beam: int = setting("Nodes that best-first growth expands at each depth.", default=4, minimum=1, maximum=64)
+    beam: int = setting("Nodes that best-first growth expands at each depth.", default=2, minimum=1, maximum=64)
     min_confidence: float = setting(
         "Paths less probable than this are not drafted any deeper.", default=0.05, minimum=0, maximum=1
     )

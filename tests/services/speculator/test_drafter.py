@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kernels.native import native_available
 from runtime.kv_cache import KVCache, longest_sequence_blocks
 from runtime.transformer import LoadOptions, Transformer
 from services.speculator.drafter import Drafter, DrafterSettings, DraftOrder
@@ -21,6 +22,12 @@ GREEDY = SamplingParams(temperature=0)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return Transformer.load(write_model(tmp_path_factory.mktemp("ssm")), LoadOptions(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    """The same model on PyTorch's operations."""
+    return Transformer.load(write_model(tmp_path_factory.mktemp("ssm")), LoadOptions(device="cpu", kernels="torch"))
 
 
 def drafter(model: Transformer, sequences: int = 4, **settings: Any) -> Drafter:
@@ -71,6 +78,27 @@ def test_drafts_do_not_depend_on_what_was_kept(
         accepted = [*path[: step % 4], 100 + step]  # some of a drafted path, then a token that was not drafted
         kept.advance(wanted.key, accepted)
         tokens += accepted
+
+
+@pytest.mark.parametrize("widths", [(), (1, 1, 1, 1), (3, 2, 1), (2,)])
+@pytest.mark.parametrize("beam", [1, 2, 5])
+@pytest.mark.parametrize("nodes", [1, 7, 30])
+def test_the_native_loop_grows_the_tree_that_the_builders_grow(
+    widths: tuple[int, ...], beam: int, nodes: int, model: Transformer, portable: Transformer
+) -> None:
+    assert (model.grows_trees, portable.grows_trees) == (native_available(), False)
+    settings: dict[str, Any] = {"beam": beam, "min_confidence": 0.002}
+    one, other = drafter(model, **settings), drafter(portable, **settings)
+    wanted = order(widths=widths, nodes=nodes)
+    for each in (one, other):
+        each.open(wanted.key, PROMPT, len(PROMPT), GREEDY)
+    for _ in range(4):
+        tree = one.draft([wanted])[wanted.key]
+        assert shape(tree) == shape(other.draft([wanted])[wanted.key])
+        deepest = tree.depths().index(max(tree.depths()))
+        accepted = [*(tree.token_ids[node] for node in tree.path(deepest)), 44]
+        for each in (one, other):
+            each.advance(wanted.key, accepted)
 
 
 def test_a_whole_accepted_path_leaves_the_next_root_uncomputed(model: Transformer) -> None:
