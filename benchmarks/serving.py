@@ -123,7 +123,7 @@ def main(
     stack through the gateway, then Hugging Face's generate and assisted generate. Leave the machine alone meanwhile.
     """
     console = Console(stderr=True)
-    tree = static_tree(static_width or [2, 2, 1, 1])
+    tree = static_tree(static_width or [2, 1, 1, 1])
     configurations = [PLAIN, sequence_speculation(sequence_length), tree, BEST_FIRST, HF, HF_ASSISTED]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = describe_machine(threads)

@@ -32,5 +32,5 @@ class SpeculatorSettings(ServiceSettings):
     prefill_chunk: int = setting("Tokens of one sequence in one forward pass.", default=512, minimum=1)
     beam: int = setting("Nodes that best-first growth expands at each depth.", default=2, minimum=1, maximum=64)
     min_confidence: float = setting(
-        "Paths less probable than this are not drafted any deeper.", default=0.05, minimum=0, maximum=1
+        "Paths less probable than this are not drafted any deeper.", default=0.02, minimum=0, maximum=1
     )
