@@ -123,13 +123,10 @@ def main(
             target = teacher(input_ids=windows).logits
         return distillation_loss(student(input_ids=windows).logits, target)
 
-    run = TrainingRun(
-        student,
-        out,
-        LoopSettings(
-            steps=tokens // (batch * window), parts=1, tokens_per_step=batch * window, learning_rate=learning_rate
-        ),
+    settings = LoopSettings(
+        steps=tokens // (batch * window), parts=1, tokens_per_step=batch * window, learning_rate=learning_rate
     )
+    run = TrainingRun(student, out, settings, "share of held-out positions where the LLM's first choice differs")
     windows = torch.cat([torch.from_numpy(own_held_out.astype(np.int64)), spread_windows(held_out, BATCH, window)])
     windows = windows.to(teacher.device)
     run.train(loss_of_step, lambda: 1 - agreement(student, teacher, windows))

@@ -58,10 +58,11 @@ class LoopSettings:
 
 
 class TrainingRun:
-    """Trains `model`, keeping everything needed to go on in `folder/checkpoints`."""
+    """Trains `model`, keeping everything needed to go on in `folder/checkpoints`. measure: name of what is held out."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path, settings: LoopSettings) -> None:
+    def __init__(self, model: PreTrainedModel, folder: Path, settings: LoopSettings, measure: str) -> None:
         self.model = model
+        self.measure = measure
         self.folder = folder
         self.settings = settings
         self.held_out: list[tuple[int, float]] = []
@@ -102,7 +103,7 @@ class TrainingRun:
         torch.save(state, fresh)
         os.replace(fresh, self._checkpoint)
 
-    def train(self, loss_of_step: LossOfStep, held_out_loss: Callable[[], float]) -> None:
+    def train(self, loss_of_step: LossOfStep, held_out: Callable[[], float]) -> None:
         """Run the remaining steps. `loss_of_step(step, part)` gives a share of the step's mean loss."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.model.train()
@@ -115,8 +116,8 @@ class TrainingRun:
                 speed = (self.step - first) * self.settings.tokens_per_step / (time.monotonic() - started)
                 progress.update(bar, advance=1, description=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
                 if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
-                    self.held_out.append((self.step, held_out_loss()))
-                    progress.console.print(f"step {self.step}: held-out loss {self.held_out[-1][1]:.4f}")
+                    self.held_out.append((self.step, held_out()))
+                    progress.console.print(f"step {self.step}: {self.measure} {self.held_out[-1][1]:.4f}")
                 if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
                     self._save()
 
@@ -136,12 +137,13 @@ class TrainingRun:
         return total
 
     def export(self, tokenizer: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write a Hugging Face folder: safetensors in `dtype`, config, tokenizer, and the held-out losses."""
+        """Write a Hugging Face folder: safetensors in `dtype`, config, tokenizer, and what was held out."""
         module: nn.Module = self.model  # whose `to` is annotated
         module.to(dtype)
         self.model.save_pretrained(self.folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if tokenizer.resolve() != self.folder.resolve():
                 shutil.copy(tokenizer / name, self.folder / name)
-        losses = {"held_out_loss": [{"step": step, "nats": round(loss, 4)} for step, loss in self.held_out]}
-        (self.folder / "training.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+        values = [{"step": step, "value": round(value, 4)} for step, value in self.held_out]
+        record = {"measure": self.measure, "held_out": values}
+        (self.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

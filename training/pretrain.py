@@ -115,7 +115,7 @@ def main(
         tokens_per_step=batch_tokens,
         learning_rate=learning_rate,
     )
-    run = TrainingRun(model, out, settings)
+    run = TrainingRun(model, out, settings, "held-out loss in nats")
     run.train(loss_of_step, lambda: held_out_loss(model, held_out, context))
     run.export(tokenizer)
 

@@ -31,7 +31,7 @@ def run(folder: Path, dies_at: int | None = None) -> TrainingRun:
         loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
         return loss / SETTINGS.parts
 
-    training = TrainingRun(model, folder, SETTINGS)
+    training = TrainingRun(model, folder, SETTINGS, "steps")
     training.train(loss_of_step, lambda: float(training.step))
     return training
 
