@@ -12,6 +12,7 @@ from pathlib import Path
 
 PROTOS = Path(__file__).parent
 OUTPUTS = ("--python_out", "--grpc_python_out", "--mypy_out", "--mypy_grpc_out")
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")  # installed beside the interpreter, which need not be on the PATH
 
 
 def generate(out: Path) -> None:
@@ -19,7 +20,8 @@ def generate(out: Path) -> None:
 
     sources = [f"protos/{path.name}" for path in sorted(PROTOS.glob("*.proto"))]
     options = [f"{output}={'quiet:' if 'mypy' in output else ''}{out}" for output in OUTPUTS]
-    if protoc.main(["protoc", f"-I{PROTOS.parent}", *options, *sources]) != 0:
+    plugins = [f"--plugin={name}={Path(sys.executable).parent / name}" for name in PLUGINS]
+    if protoc.main(["protoc", f"-I{PROTOS.parent}", *plugins, *options, *sources]) != 0:
         raise SystemExit("protoc failed")
 
 
