@@ -46,7 +46,7 @@ class VerifierMetrics:
         self.preemptions = counter("preemptions", "Sequences that gave their KV back and were computed again.")
         self.speculator_up = gauge("speculator_up", "1 while the stream to a speculator is open.", "speculator")
         self.speculator_failures = counter(
-            "speculator_failures", "Streams to a speculator dropped, by reason.", "speculator", "reason"
+            "speculator_failures", "Late, hung, invalid or unavailable speculators, by reason.", "speculator", "reason"
         )
 
     def observe_step(self, rows: int, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """The verifier's stream to one speculator.
 
-A speculator may be slow, wrong, restarted or gone: every failure ends the stream, costs this step's draft, and is
-followed by a reconnection with backoff. Nothing that happens here changes a token.
+A speculator may be slow, wrong, restarted or gone. A late one is not waited for again until it has answered; a wrong,
+silent or lost one has its stream ended and is connected again with backoff. Nothing that happens here changes a token.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 2.0
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 10.0
+# A speculator that has not answered for so long is taken for hung; until then it may be computing a long prompt.
+HUNG_AFTER_S = 10.0
 
 
 class SpeculatorLink:
@@ -68,6 +70,10 @@ class SpeculatorLink:
         stream = self._stream
         if stream is None:
             return False
+        if (waited := stream.behind()) > HUNG_AFTER_S:
+            self._drop(stream, "hung", f"no answer for {waited:.0f} s")
+        if waited > 0:
+            return False
         stream.send(step, orders)
         return True
 
@@ -78,7 +84,7 @@ class SpeculatorLink:
         try:
             return stream.receive(step, deadline, self._llm.vocab_size)
         except TimeoutError:
-            self._drop(stream, "timeout", "no draft in time")
+            self._metrics.speculator_failures.labels(self.address, "late").inc()
         except InvalidTree as error:
             self._drop(stream, "invalid", f"invalid draft: {error}")
         except ConnectionError as error:
@@ -160,9 +166,22 @@ class _Stream:
         self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
         self._ended: list[int] = []
         self._orders: dict[int, DraftOrder] = {}
+        self._unanswered = 0  # the step whose answer is outstanding; 0 for none
+        self._sent_at = 0.0
         self._call = stub.Speculate(iter(self._requests.get, None))
 
+    def behind(self) -> float:
+        """For how long an answer to an earlier step has been outstanding, in seconds; 0 when none is."""
+        while self._unanswered and not self._responses.empty():
+            response = self._responses.get()
+            if response is None or response.step >= self._unanswered:
+                self._unanswered = 0
+            if response is None:
+                self._responses.put(None)  # the next receive tells that the stream has ended
+        return time.monotonic() - self._sent_at if self._unanswered else 0.0
+
     def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
+        self._unanswered, self._sent_at = step, time.monotonic()
         self._orders = {order.sequence.id: order for order in orders}
         self._requests.put(wire.speculate_request(step, self._ended, orders, self._known))
         self._ended = []
@@ -186,6 +205,7 @@ class _Stream:
             if response.step > step:
                 raise InvalidTree(f"response to step {response.step}, but the newest request is {step}")
             if response.step == step:
+                self._unanswered = 0
                 break
         for sequence_id in response.unknown_sequence_ids:
             self._known.pop(sequence_id, None)

@@ -19,6 +19,7 @@ from runtime.transformer import Transformer
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.model_files import tokenizer_hash
+from services.verifier import speculator_link
 from tests.ports import free_port
 from tests.services.harness import Services, Verifier, request, services, status_of
 from tests.tiny_models import CONTEXT, VOCAB, hugging_face_greedy, write_model
@@ -155,7 +156,7 @@ def _hang(message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateR
 
 
 GARBAGE: dict[str, tuple[str, Answer]] = {
-    "hang": ("timeout", _hang),
+    "hang": ("late", _hang),
     "cycle": ("invalid", lambda m: _draft(m, token_ids=[3, 4, 5], parents=[-1, 2, 1])),
     "sizes": ("invalid", lambda m: _draft(m, token_ids=[3, 4, 5], parents=[-1, 0])),
     "empty": ("invalid", lambda m: _draft(m)),
@@ -183,6 +184,37 @@ def test_a_speculator_that_hangs_or_sends_garbage_costs_speed_only(garbage: str,
         assert generated.token_ids[:20] == hugging_face_greedy(llm, PROMPT, 20)
         assert verifier.metric("speculator_failures_total", speculator=address, reason=reason) >= 1
         assert verifier.metric("draft_tokens_total") == 0
+
+
+def test_a_slow_speculator_drafts_again_once_it_has_answered(llm: Path, running: Services) -> None:
+    slow = [True]
+
+    def answer(message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+        if message.draft and slow.pop() if slow else False:
+            time.sleep(0.3)  # a long prompt
+        return speculator_pb2.SpeculateResponse(step=message.step)
+
+    recorder = Recorder(answer)
+    with scripted_speculator(llm, recorder) as address:
+        verifier = running.verifier(llm, address, draft_timeout_ms=20)
+        verifier.generate(PROMPT, 5)
+        assert verifier.metric("speculator_failures_total", speculator=address, reason="late") == 1
+        assert verifier.metric("speculator_up", speculator=address) == 1
+        time.sleep(0.4)
+        verifier.generate(PROMPT, 5)
+        assert verifier.metric("speculator_failures_total", speculator=address, reason="late") == 1
+        assert len(set(recorder.opened)) == 2
+
+
+def test_a_hung_speculator_is_connected_again(llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculator_link, "HUNG_AFTER_S", 0.2)
+    with scripted_speculator(llm, Recorder(_hang)) as address:
+        verifier = running.verifier(llm, address, draft_timeout_ms=20)
+        verifier.generate(PROMPT, 5)
+        time.sleep(0.3)
+        verifier.generate(PROMPT, 5)
+        assert verifier.metric("speculator_failures_total", speculator=address, reason="hung") == 1
+        _wait(lambda: verifier.metric("speculator_up", speculator=address) == 1)
 
 
 def test_a_speculator_that_forgot_everything_is_told_again(llm: Path, running: Services) -> None:
