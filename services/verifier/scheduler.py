@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from runtime.kv_cache import CacheFull, KVCache
 from services.verifier.sequence import Sequence
 
+MIN_DRAFT_NODES = 3
+
 
 @dataclass(frozen=True)
 class SchedulerSettings:
@@ -19,7 +21,8 @@ class SchedulerSettings:
     max_sequences: sequences in one step. max_step_rows: rows of one forward pass, trees and prompt chunks together.
     prefill_chunk: prompt tokens of one sequence in one step.
     draft_nodes, draft_depth: bounds of a tree, the root not counted.
-    max_draft_rows: draft nodes of all trees of a step; the sequences share them evenly, down to none.
+    max_draft_rows: draft nodes of all trees of a step; the sequences share them evenly. A share of fewer nodes than
+        both MIN_DRAFT_NODES and draft_nodes is none: it would not earn its round trip.
     """
 
     max_sequences: int
@@ -92,7 +95,7 @@ class Scheduler:
                 rows -= _rows_of(plan)
         while self.waiting and rows > 0 and len(self.running) < self.settings.max_sequences:
             plan = self._plan_sequence(self.waiting[0], rows)
-            if not self._reserve(plan, may_preempt=False):
+            if not self._has_room(plan.sequence) or not self._reserve(plan, may_preempt=False):
                 break
             self.running.append(self.waiting.popleft())
             plans.append(plan)
@@ -113,9 +116,19 @@ class Scheduler:
             return SequencePlan(sequence, chunk_end, True, 0, 0)
         return SequencePlan(sequence, chunk_end, True, nodes, depth)
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether all its tokens and a tree fit, and each running sequence can grow by a block meanwhile.
+
+        Without that room a sequence would be admitted, computed, and have to give way a few steps later.
+        """
+        entries = len(sequence.tokens) + self.settings.draft_nodes
+        needed = self.cache.blocks_needed(sequence.cache, entries) + len(self.running)
+        return not self.running or needed <= self.cache.free_blocks
+
     def _draft_share(self) -> int:
         sequences = min(len(self.running) + len(self.waiting), self.settings.max_sequences)
-        return self.settings.max_draft_rows // max(1, sequences)
+        share = self.settings.max_draft_rows // max(1, sequences)
+        return share if share >= min(MIN_DRAFT_NODES, self.settings.draft_nodes) else 0
 
     def _reserve(self, plan: SequencePlan, may_preempt: bool) -> bool:
         """Reserve the plan's KV blocks; False when the sequence itself had to give way."""

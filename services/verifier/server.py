@@ -141,7 +141,7 @@ def _build_engine(
         prefill_chunk=settings.prefill_chunk,
         draft_nodes=settings.draft_nodes if links else 0,
         draft_depth=settings.draft_depth,
-        max_draft_rows=settings.max_draft_rows,
+        max_draft_rows=settings.max_draft_rows or settings.draft_nodes,
     )
     drafting = DraftSettings(settings.acceptance, settings.draft_width, settings.draft_timeout_ms / 1000)
     return Engine(

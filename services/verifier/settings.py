@@ -45,7 +45,9 @@ class VerifierSettings(ServiceSettings):
         "Children of a node at each depth, for static trees; repeatable. Empty: best-first growth.", default=()
     )
     max_draft_rows: int = setting(
-        "Draft tokens of all trees of a step; under load they share them.", default=32, minimum=0
+        "Draft tokens of all trees of a step; under load the sequences share them, down to none. 0: draft_nodes.",
+        default=0,
+        minimum=0,
     )
     draft_timeout_ms: int = setting("How long a step waits for its drafts.", default=500, minimum=1)
 
