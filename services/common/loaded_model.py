@@ -61,6 +61,10 @@ class LoadedModel:
             cache = model.new_cache(kv_memory, max_sequences, kv_blocks)
         except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
             raise StartupError(str(error)) from None
+        if model.backend.name == "native":
+            # What is left to PyTorch is small. Its own threads would spin after each operation on the cores that the
+            # kernels' threads need.
+            torch.set_num_threads(1)
         facts = _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder))
         log.info("model loaded", extra={**vars(facts), "because": model.backend.reason, "kv_blocks": cache.blocks})
         if facts.kernels == "torch" and options.kernels == "auto":
