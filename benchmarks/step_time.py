@@ -23,7 +23,7 @@ from benchmarks.samples import StepTimes
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence, KVCache, longest_sequence_blocks
 from runtime.transformer import LoadOptions, Transformer
-from services.common.loaded_model import use_threads
+from services.common.loaded_model import leave_cores_to_kernels, use_threads
 from services.common.model_files import resolve_model
 from speculation.tree import TokenTree
 
@@ -82,6 +82,7 @@ def main(
     """Measures the steps of one model."""
     use_threads(threads)
     loaded = Transformer.load(resolve_model(model), LoadOptions(device=device))
+    leave_cores_to_kernels(loaded)
     print(json.dumps(dataclasses.asdict(measure(Path(model).name, loaded, context, NODE_COUNTS, repeats))))
 
 

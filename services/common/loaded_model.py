@@ -29,6 +29,12 @@ def use_threads(threads: int) -> None:
         native.set_num_threads(count)
 
 
+def leave_cores_to_kernels(model: Transformer) -> None:
+    """Beside the native kernels give PyTorch one thread: what is left to it is small, and its threads spin after it."""
+    if model.backend.name == "native":
+        torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, its KV cache, and what other services are told of it."""
@@ -61,10 +67,7 @@ class LoadedModel:
             cache = model.new_cache(kv_memory, max_sequences, kv_blocks)
         except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
             raise StartupError(str(error)) from None
-        if model.backend.name == "native":
-            # What is left to PyTorch is small. Its own threads would spin after each operation on the cores that the
-            # kernels' threads need.
-            torch.set_num_threads(1)
+        leave_cores_to_kernels(model)
         facts = _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder))
         log.info("model loaded", extra={**vars(facts), "because": model.backend.reason, "kv_blocks": cache.blocks})
         if facts.kernels == "torch" and options.kernels == "auto":
