@@ -69,7 +69,7 @@ def test_the_text_is_hugging_faces(name: str, texts: list[Text], more_ssms: list
 
 def test_sixteen_requests_at_once(texts: list[Text]) -> None:
     with services() as running:
-        assert_lossless(running.verifier(LLM, running.speculator(SSM), max_draft_rows=128), texts, at_once=PROMPTS)
+        assert_lossless(running.verifier(LLM, running.speculator(SSM)), texts, at_once=PROMPTS)
 
 
 def test_trees_need_at_most_half_the_steps_of_plain_decoding(texts: list[Text]) -> None:

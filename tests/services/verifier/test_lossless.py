@@ -82,7 +82,7 @@ def test_prompts_longer_than_a_chunk_at_the_end_of_the_context(llm: Path, ssms: 
 
 
 def test_sixteen_requests_at_once(llm: Path, ssms: list[Path], running: Services) -> None:
-    verifier = running.verifier(llm, running.speculator(*ssms[:2]), max_draft_rows=128)
+    verifier = running.verifier(llm, running.speculator(*ssms[:2]))
     assert_lossless(verifier, llm, prompts(16, 60), at_once=16)
     assert verifier.metric("accepted_tokens_total") > 0
 
