@@ -25,11 +25,10 @@ def check_tensor(
 
 
 def _has_shape(tensor: torch.Tensor, shape: tuple[int | None, ...]) -> bool:
-    # A plain loop: this runs in every call of a kernel, and a generator costs microseconds.
     have = tensor.shape
     if len(have) != len(shape):
         return False
-    for size, wanted in zip(have, shape, strict=True):  # noqa: SIM110 (see above)
+    for size, wanted in zip(have, shape, strict=True):  # noqa: SIM110  # a generator costs microseconds in every call of a kernel
         if wanted is not None and size != wanted:
             return False
     return True
@@ -118,10 +117,6 @@ class MlpWeights:
     @property
     def hidden(self) -> int:
         return self.norm.shape[0]
-
-    @property
-    def intermediate(self) -> int:
-        return self.down.shape[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,10 +26,6 @@ class QueueFull(RuntimeError):
         self.retry_after_ms = retry_after_ms
 
 
-class Draining(RuntimeError):
-    """The service is shutting down and takes no new requests."""
-
-
 @dataclass(frozen=True)
 class GenerationRequest:
     """One sequence to generate.
