@@ -29,6 +29,7 @@ class TokenTree(_message.Message):
     SAMPLED_NODES_FIELD_NUMBER: _builtins.int
     DISTRIBUTIONS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    CONFIDENCES_FIELD_NUMBER: _builtins.int
     distributions: _builtins.bytes
     source: _builtins.str
     """Name of the draft source that made the tree; labels the acceptance metrics."""
@@ -48,6 +49,12 @@ class TokenTree(_message.Message):
         were sampled from, float32 little-endian [sampled_nodes, vocabulary], row for row.
         """
 
+    @_builtins.property
+    def confidences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Natural log of the draft's estimate of the probability that each node is accepted: 0 for the root, and never above
+        the parent's. Empty when the draft makes no estimate. Steers which nodes of several trees are kept.
+        """
+
     def __init__(
         self,
         *,
@@ -56,10 +63,11 @@ class TokenTree(_message.Message):
         sampled_nodes: _abc.Iterable[_builtins.int] | None = ...,
         distributions: _builtins.bytes = ...,
         source: _builtins.str = ...,
+        confidences: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "parents", b"parents", "sampled_nodes", b"sampled_nodes", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidences", b"confidences", "distributions", b"distributions", "parents", b"parents", "sampled_nodes", b"sampled_nodes", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

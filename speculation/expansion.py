@@ -114,6 +114,7 @@ class Expansion(ABC):
             (-1, *(new[self._parents[old]] for old in kept[1:])),
             {new[old]: distribution for old, distribution in self._distributions.items()},
             self._source,
+            tuple(self._confidences[old] for old in kept),
         ).depth_first()
 
     def adopt(

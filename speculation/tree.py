@@ -5,6 +5,7 @@ A prompt is a chain, plain decoding is a tree of one node, a draft is a tree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,16 +30,19 @@ class TokenTree:
     distributions: float32 [vocab] for every node whose children were sampled: the distribution that the first of them
         was drawn from; each later one was drawn from the same without those before it. Empty for other trees.
     source: name of the draft source, for metrics.
+    confidences: log of the draft's estimate of the probability that each node is accepted; 0 for the root, and never
+        above the parent's. Empty when the draft makes no estimate.
 
     Raises:
         InvalidTree: sizes differ, the tree is empty or has over MAX_NODES nodes, a parent does not stand before its
-            child, or two children of a node are the same token.
+            child, two children of a node are the same token, or a confidence is above its parent's or infinite.
     """
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
     distributions: dict[int, torch.Tensor] = field(default_factory=dict)
     source: str = ""
+    confidences: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
@@ -57,9 +61,19 @@ class TokenTree:
             seen.add(edge)
         if strangers := [node for node in self.distributions if not 0 <= node < size]:
             raise InvalidTree(f"distributions for nodes {strangers} of a tree of {size}")
+        if self.confidences:
+            self._check_confidences()
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def _check_confidences(self) -> None:
+        if len(self.confidences) != len(self):
+            raise InvalidTree(f"{len(self.confidences)} confidences for {len(self)} nodes")
+        for node, confidence in enumerate(self.confidences):
+            most = 0.0 if node == 0 else self.confidences[self.parents[node]]
+            if not -math.inf < confidence <= most:  # also refuses NaN
+                raise InvalidTree(f"node {node} has confidence {confidence}; it must be finite and at most {most}")
 
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:
@@ -161,4 +175,5 @@ class TokenTree:
             parents,
             {new[old]: q for old, q in self.distributions.items() if new.get(old) in inner},
             self.source,
+            tuple(self.confidences[old] for old in nodes) if self.confidences else (),
         )

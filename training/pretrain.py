@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.corpus import CorpusFile, TokenArray, end_of_text, sample_windows, spread_windows, tokenize_corpus
+from training.growth import start_from
 from training.loop import LoopSettings, TrainingRun, autocast, pick_device
 
 
@@ -66,6 +67,9 @@ def main(
     corpus: Annotated[list[str], typer.Option(help="Text file, or FILE:REPEATS; repeatable.")],
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     out: Annotated[Path, typer.Option(help="Folder that gets the model; checkpoints go to OUT/checkpoints.")],
+    init: Annotated[
+        Path | None, typer.Option(help="Trained folder to go on from, as wide as the new model and at most as deep.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Training tokens in all.")] = 40_000_000,
     hidden_size: int = 384,
     layers: int = 8,
@@ -99,6 +103,8 @@ def main(
             kv_heads,
             intermediate_size,
         )
+    if init is not None:
+        start_from(model, init)
     window = window or context
     batch, micro_batch = batch_tokens // window, max(1, micro_batch_tokens // window)
     forward = torch.compile(model) if compile else model

@@ -10,7 +10,9 @@ from speculation.tree import InvalidTree, TokenTree
 
 
 def tree_to_wire(tree: TokenTree) -> tree_pb2.TokenTree:
-    message = tree_pb2.TokenTree(token_ids=tree.token_ids, parents=tree.parents, source=tree.source)
+    message = tree_pb2.TokenTree(
+        token_ids=tree.token_ids, parents=tree.parents, source=tree.source, confidences=tree.confidences
+    )
     if tree.distributions:
         message.sampled_nodes.extend(tree.distributions)
         rows = torch.stack(list(tree.distributions.values()))
@@ -35,7 +37,9 @@ def tree_from_wire(message: tree_pb2.TokenTree, vocab_size: int) -> TokenTree:
         if not (torch.isfinite(rows).all() and (rows >= 0).all() and (rows.sum(1) - 1).abs().max() < 1e-3):
             raise InvalidTree("a distribution has negative or non-finite entries or does not sum to 1")
         distributions = dict(zip(nodes, rows.unbind(), strict=True))
-    tree = TokenTree(tuple(message.token_ids), tuple(message.parents), distributions, message.source)
+    tree = TokenTree(
+        tuple(message.token_ids), tuple(message.parents), distributions, message.source, tuple(message.confidences)
+    )
     tree.check_vocabulary(vocab_size)
     return tree
 

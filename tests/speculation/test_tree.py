@@ -32,6 +32,23 @@ def test_distributions_belong_to_nodes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("confidences", "message"),
+    [
+        ((0.0, -1.0), "2 confidences for 3 nodes"),
+        ((0.5, -1.0, -2.0), "node 0 has confidence 0.5"),
+        ((0.0, -1.0, -0.5), r"node 2 has confidence -0.5; it must be finite and at most -1.0"),
+        ((0.0, float("nan"), -2.0), "node 1 has confidence nan"),
+        ((0.0, -1.0, -float("inf")), "node 2 has confidence -inf"),
+    ],
+)
+def test_confidences_fall_along_paths(confidences: tuple[float, ...], message: str) -> None:
+    with pytest.raises(InvalidTree, match=message):
+        TokenTree((1, 2, 3), (-1, 0, 1), confidences=confidences)
+    chain = TokenTree((1, 2, 3), (-1, 0, 1), confidences=(0.0, -1.0, -1.0))
+    assert chain.select([0, 1]).confidences == (0.0, -1.0)
+
+
+@pytest.mark.parametrize(
     ("distribution", "message"),
     [
         ([0.5, 0.5], "shape"),
