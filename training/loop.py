@@ -5,8 +5,6 @@ Knows nothing of what is learned: the caller gives the loss of a step.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,8 +14,12 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+
+from training.distributed import Group
+from training.files import cannot_write, write_json, write_state
 
 LossOfStep = Callable[[int, int], torch.Tensor]
 
@@ -49,6 +51,7 @@ class LoopSettings:
     weight_decay: float = 0.1
     evaluate_every: int = 250
     checkpoint_every: int = 50
+    tell_every_s: float = 60.0  # where no bar can be drawn
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay to zero."""
@@ -58,10 +61,16 @@ class LoopSettings:
 
 
 class TrainingRun:
-    """Trains `model`, keeping everything needed to go on in `folder/checkpoints`. measure: name of what is held out."""
+    """Trains `model`, keeping everything needed to go on in `folder/checkpoints`.
 
-    def __init__(self, model: PreTrainedModel, folder: Path, settings: LoopSettings, measure: str) -> None:
+    measure: name of what is held out. group: processes that train together; each calls this alike.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, settings: LoopSettings, measure: str, group: Group | None = None
+    ) -> None:
         self.model = model
+        self._leads = group is None or group.leads
         self.measure = measure
         self.folder = folder
         self.settings = settings
@@ -91,34 +100,36 @@ class TrainingRun:
         return int(state["step"])
 
     def _save(self) -> None:
-        """Write beside the old checkpoint and rename, so that a kill at any moment leaves a whole one."""
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._checkpoint.with_suffix(".new")
+        """A kill at any moment leaves a whole checkpoint, this one or the one before."""
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "held_out": self.held_out,
         }
-        torch.save(state, fresh)
-        os.replace(fresh, self._checkpoint)
+        write_state(self._checkpoint, state)
 
     def train(self, loss_of_step: LossOfStep, held_out: Callable[[], float]) -> None:
         """Run the remaining steps. `loss_of_step(step, part)` gives a share of the step's mean loss."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.model.train()
-        with Progress(*columns, TimeRemainingColumn(), refresh_per_second=1) as progress:
+        with Progress(*columns, TimeRemainingColumn(), refresh_per_second=1, disable=not self._leads) as progress:
             bar = progress.add_task("training", total=self.settings.steps, completed=self.step)
-            started, first = time.monotonic(), self.step
+            started, first, told = time.monotonic(), self.step, time.monotonic()
             while self.step < self.settings.steps:
                 loss = self._one_step(loss_of_step)
                 self.step += 1
                 speed = (self.step - first) * self.settings.tokens_per_step / (time.monotonic() - started)
-                progress.update(bar, advance=1, description=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-                if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
+                line = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+                progress.update(bar, advance=1, description=line)
+                if not progress.console.is_terminal and time.monotonic() - told > self.settings.tell_every_s:
+                    told = time.monotonic()
+                    progress.console.print(f"step {self.step} of {self.settings.steps}: {line}")
+                last = self.step == self.settings.steps
+                if self._leads and (last or self.step % self.settings.evaluate_every == 0):
                     self.held_out.append((self.step, held_out()))
                     progress.console.print(f"step {self.step}: {self.measure} {self.held_out[-1][1]:.4f}")
-                if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
+                if self._leads and (last or self.step % self.settings.checkpoint_every == 0):
                     self._save()
 
     def _one_step(self, loss_of_step: LossOfStep) -> float:
@@ -137,13 +148,20 @@ class TrainingRun:
         return total
 
     def export(self, tokenizer: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write a Hugging Face folder: safetensors in `dtype`, config, tokenizer, and what was held out."""
+        """Write a Hugging Face folder: safetensors in `dtype`, config, tokenizer, and what was held out.
+
+        Raises:
+            CannotWrite: no space is left, or the folder cannot be written to.
+        """
         module: nn.Module = self.model  # whose `to` is annotated
         module.to(dtype)
-        self.model.save_pretrained(self.folder)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if tokenizer.resolve() != self.folder.resolve():
-                shutil.copy(tokenizer / name, self.folder / name)
+        try:
+            self.model.save_pretrained(self.folder)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if tokenizer.resolve() != self.folder.resolve():
+                    shutil.copy(tokenizer / name, self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(self.folder, error) from None
         values = [{"step": step, "value": round(value, 4)} for step, value in self.held_out]
         record = {"measure": self.measure, "held_out": values}
-        (self.folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / "training.json", record)

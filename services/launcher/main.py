@@ -11,6 +11,7 @@ from services.launcher.complete import CompletionOptions
 from services.launcher.complete import complete as run_complete
 from services.launcher.settings import UpSettings
 from services.launcher.up import up
+from training.tune import tune
 
 app = typer.Typer(
     help="Token-tree speculative decoding behind OpenAI's HTTP API.",
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("up")(settings_command(UpSettings, "up", up))
+app.command("tune")(tune)
 
 
 @app.command()

@@ -1,0 +1,67 @@
+"""The model card of a tuned small model: what it is, how it was made, and what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.evaluation import HeldOut
+from training.files import write_bytes
+
+
+def write_card(
+    folder: Path,
+    *,
+    llm: str,
+    start: str,
+    parameters: tuple[int, int],
+    round_of: tuple[int, int] | None,
+    learnt: int,
+    tokens: int,
+    coverage: str,
+    figures: HeldOut,
+) -> None:
+    """Write README.md.
+
+    parameters: of the SSM and of the LLM. round_of: place among the boosted SSMs; None when it was tuned on its own.
+    learnt: continuations that it learnt from. coverage: of the set up to this model.
+    """
+    own, large = parameters
+    how = (
+        f"Model {round_of[0]} of a boosted set of {round_of[1]}: it learnt what the models before it do not cover."
+        if round_of
+        else "Tuned on all of the LLM's continuations, without boosting."
+    )
+    columns = "".join(f" k = {k} |" for k in range(1, len(figures.greedy) + 1))
+    raw, calibrated = figures.raw_greedy_error, figures.greedy_reliability.error
+    noise_raw, noise_calibrated = figures.raw_noise_error, figures.noise_reliability.error
+    text = f"""# {folder.name}
+
+A small speculative model of {own / 1e6:.2f} million parameters that drafts for {llm} ({large / 1e6:.1f} million; {large / own:.1f} to
+1), made by `specserve tune`. {how}
+
+- started from: {start}
+- learnt from: {learnt:,} continuations that {llm} wrote, and its probabilities (distillation), in {tokens:,} training tokens
+- coverage of the continuations, with the models before it: {coverage}
+
+## Held out
+
+{figures.positions:,} positions in continuations of prompts that it has not seen.
+
+| the LLM's token is among the first k |{columns}
+| --- |{" ---: |" * len(figures.greedy)}
+| greedy |{_cells(figures.greedy)}
+| temperature 1, shared noise |{_cells(figures.shared_noise)}
+
+Overlap of the distributions, 1 - TV: {figures.overlap:.3f}.
+
+## Calibration
+
+`speculation.json` has what the speculator uses. Expected calibration error of the estimated probability that a drafted
+token is right, on held-out text that the fit has not seen: greedy {raw:.3f} as it comes, {calibrated:.3f} with the fitted temperature
+{figures.calibration.greedy_temperature}; with shared noise {noise_raw:.3f}, and {noise_calibrated:.3f} with the fitted disagreement {figures.calibration.disagreement}.
+"""
+    write_bytes(folder / "README.md", text.encode())
+
+
+def _cells(shares: list[float]) -> str:
+    return "".join(f" {share:.1%} |" for share in shares)
