@@ -28,7 +28,9 @@ def source_layers(trained: int, layers: int) -> list[tuple[int, bool]]:
         raise CannotGrow(f"{layers} layers cannot grow from {trained}; ask for {trained} to {2 * trained}")
     added = layers - trained
     copied = {(2 * i + 1) * trained // (2 * added) for i in range(added)}
-    return [entry for old in range(trained) for entry in ([(old, False), (old, True)] if old in copied else [(old, False)])]
+    return [
+        entry for old in range(trained) for entry in ([(old, False), (old, True)] if old in copied else [(old, False)])
+    ]
 
 
 @torch.no_grad()
