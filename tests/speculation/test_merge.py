@@ -82,10 +82,19 @@ def test_confidences_are_the_noisy_or(trees: list[TokenTree]) -> None:
         assert math.exp(confidence) == pytest.approx(expected[token_path(tree, node)], abs=1e-12)
 
 
-def test_confidences_by_hand() -> None:
-    def chain(*confidences: float) -> TokenTree:
-        return TokenTree((0, 1, 2), (-1, 0, 1), confidences=(0.0, *confidences))
+def chain(*confidences: float) -> TokenTree:
+    return TokenTree((0, 1, 2), (-1, 0, 1), confidences=(0.0, *confidences))
 
+
+@pytest.mark.parametrize("confidence", [-0.32, -0.34, -0.42])
+def test_rounding_makes_no_child_surer_than_its_parent(confidence: float) -> None:
+    """Here the formula itself, in floating point, gives the child one last bit more than its parent."""
+    first = chain(confidence, math.nextafter(confidence, -1))
+    tree = merge_trees([first, chain(-0.5, -0.5)]).tree
+    assert tree.confidences[2] == tree.confidences[1] > confidence
+
+
+def test_confidences_by_hand() -> None:
     first, second = chain(math.log(0.5), math.log(0.2)), chain(math.log(0.6), math.log(0.1))
     assert merge_trees([first, second]).tree.confidences == pytest.approx((0, math.log(0.8), math.log(0.28)))
     assert merge_trees([first, second, chain(0, 0)]).tree.confidences == (0, 0, 0)

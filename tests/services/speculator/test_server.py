@@ -11,8 +11,10 @@ from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
+from services.common.tree_wire import sampling_to_wire
 from speculation.calibration import CALIBRATION_FILE, Calibration
-from tests.services.harness import GREEDY, Services, services
+from speculation.sampling import SamplingParams
+from tests.services.harness import Services, services
 from tests.tiny_models import write_model
 
 PROMPT = [7, 30, 22, 9, 151]
@@ -28,9 +30,8 @@ def running() -> Iterator[Services]:
 def draft(address: str, nodes: int) -> list[tree_pb2.TokenTree]:
     """The greedy trees of one node's children behind PROMPT, one of each model."""
     message = speculator_pb2.SpeculateRequest(step=1)
-    message.open.add(
-        sequence_id=1, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=tree_pb2.SamplingParams(**GREEDY)
-    )
+    greedy = sampling_to_wire(SamplingParams(temperature=0))
+    message.open.add(sequence_id=1, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=greedy)
     message.draft.add(
         sequence_id=1, max_nodes=nodes, max_depth=1, widths=[nodes], selection=speculator_pb2.CHILD_SELECTION_TOP
     )
