@@ -7,7 +7,9 @@ from enum import StrEnum
 
 import torch
 
+from speculation.calibration import Calibration, check_scale
 from speculation.noise import derive_seed, gumbel_noise
+from speculation.sampling import SamplingParams
 
 
 class ChildSelection(StrEnum):
@@ -30,18 +32,36 @@ class ChildPolicy:
     seed: the request's.
     stream: SAMPLED only; keeps the draws apart of models whose trees are merged. Two models of one request must not
         share it: their draws would depend on each other and bias multi-step speculative sampling.
-    disagreement: typical scale of log p - log q between the LLM and the small model, which turns scores into
-        confidences; it steers the shape of trees, never the output.
+    temperature: TOP only; divides the log-probabilities of which confidences are made.
+    disagreement: the other selections; typical scale of log p - log q between the LLM and the small model.
+
+    The last two turn scores into confidences (see Calibration): they steer the shape of trees, never the output nor the
+    order of a node's children.
+
+    Raises:
+        InvalidCalibration: temperature or disagreement outside 0.01..100.
     """
 
     selection: ChildSelection
     seed: int = 0
     stream: int = 0
+    temperature: float = 1.0
     disagreement: float = 0.4
 
     def __post_init__(self) -> None:
-        if not 0.01 <= self.disagreement <= 100:
-            raise ValueError(f"disagreement is {self.disagreement}; it must be in 0.01..100")
+        check_scale("temperature", self.temperature)
+        check_scale("disagreement", self.disagreement)
+
+    @classmethod
+    def calibrated(
+        cls, selection: ChildSelection, params: SamplingParams, stream: int, calibration: Calibration
+    ) -> ChildPolicy:
+        """The policy for a request, with the scales of the model that drafts.
+
+        The naive rule accepts a child with the LLM's own probability of it, which the model's stands for as it is.
+        """
+        temperature = calibration.greedy_temperature if params.greedy else 1.0
+        return cls(selection, params.seed, stream, temperature, calibration.disagreement)
 
 
 def rank_children(
@@ -60,14 +80,20 @@ def rank_children(
         seed = derive_seed(policy.seed, 1 + policy.stream)
         scores = log_probs + gumbel_noise(seed, position, log_probs.shape[1], log_probs.device)
     best = scores.topk(width)
-    confidences = best.values
-    if policy.selection is ChildSelection.SHARED_NOISE:
-        # If log p - log q is Gumbel noise of scale b, then P(argmax(log p + g) = x) = softmax((log q + g) / b)_x
-        scaled = scores / policy.disagreement
-        confidences = best.values / policy.disagreement - scaled.logsumexp(-1, keepdim=True)
-    elif policy.selection is ChildSelection.SAMPLED:
+    if policy.selection is ChildSelection.SAMPLED:
         confidences = _draw_confidences(policy, log_probs, best.values)
+    elif policy.selection is ChildSelection.SHARED_NOISE:
+        confidences = _softened(scores, best.values, policy.disagreement)
+    elif policy.temperature != 1:
+        confidences = _softened(scores, best.values, policy.temperature)
+    else:
+        confidences = best.values  # normalised as they are
     return best.indices.tolist(), confidences.tolist()
+
+
+def _softened(scores: torch.Tensor, best: torch.Tensor, scale: float) -> torch.Tensor:
+    """log softmax(scores / scale) of the best of each row: [n, width] for scores [n, vocab] and best [n, width]."""
+    return best / scale - (scores / scale).logsumexp(-1, keepdim=True)
 
 
 def _draw_confidences(policy: ChildPolicy, log_probs: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Several candidate trees made one (SpecInfer, section 3, definitions 3.1 and 3.2)."""
+"""Several candidate trees made one (SpecInfer, section 3, definitions 3.1 and 3.2), by calibrated probability."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from speculation.tree import InvalidTree, TokenTree
 class MergedDraft:
     """What the LLM checks, and what it was merged from.
 
-    tree: the union of the root paths of all components, depth-first.
+    tree: the union of the root paths of all components, depth-first, with merged confidences. Siblings stand in the
+        order of falling confidence; where a component was sampled, in the order in which they were first met. A draft
+        of one whole tree keeps that tree's own order.
     components: the trees that were merged; multi-step speculative sampling tests each one's draws on their own.
     maps: maps[c][i] is the node of `tree` for node i of components[c], or -1 where max_nodes cut it.
     """
@@ -23,64 +26,105 @@ class MergedDraft:
 
     @classmethod
     def single(cls, tree: TokenTree) -> MergedDraft:
-        """The draft of one tree."""
+        """The draft of one tree, as it is but for the order of its nodes."""
         order = tree.subtree_order()
         new = {old: index for index, old in enumerate(order)}
         return cls(tree.select(order), (tree,), (tuple(new[old] for old in range(len(tree))),))
 
 
-@dataclass
 class _Union:
-    """Trees being merged. Node lists are indexed by merged node, in the order in which the nodes were first met."""
+    """Trees being merged. Lists are indexed by merged node, in the order in which the nodes were first met.
 
-    token_ids: list[int]
-    parents: list[int]
-    # Components that contain the node; and its best rank: the sum over its path of 1 + place among its siblings.
-    votes: list[int]
-    ranks: list[int]
-    nodes: dict[tuple[int, int], int]
+    A node's confidence is the noisy-or of those of the n components that have it, as if their guesses were independent:
+        c = log(1 - (1 - p_1) (1 - p_2) .. (1 - p_n))
+    It never rises along a path: the components that have a child have its parent too, and no p_i of the child is above
+    that of the parent, so that the parent's product has all the factors of the child's, none larger, and perhaps more
+    factors below one.
+    """
+
+    def __init__(self, root_token: int) -> None:
+        self.token_ids = [root_token]
+        self.parents = [-1]
+        self.confidences = [0.0]
+        self._nodes: dict[tuple[int, int], int] = {}
 
     def add(self, tree: TokenTree) -> list[int]:
         """Merged node of each node of the tree."""
         mapping = [0]
-        ranks = [0] * len(tree)
-        siblings = [0] * len(tree)
-        self.votes[0] += 1
-        for node, parent in enumerate(tree.parents[1:], start=1):
-            siblings[parent] += 1
-            ranks[node] = ranks[parent] + siblings[parent]
-            edge = (mapping[parent], tree.token_ids[node])
-            merged = self.nodes.setdefault(edge, len(self.token_ids))
+        confidences = tree.confidences or _rank_confidences(tree)
+        for token_id, parent, confidence in zip(tree.token_ids[1:], tree.parents[1:], confidences[1:], strict=True):
+            above = mapping[parent]
+            merged = self._nodes.setdefault((above, token_id), len(self.token_ids))
             if merged == len(self.token_ids):
-                self.token_ids.append(edge[1])
-                self.parents.append(edge[0])
-                self.votes.append(0)
-                self.ranks.append(ranks[node])
-            self.votes[merged] += 1
-            self.ranks[merged] = min(self.ranks[merged], ranks[node])
+                self.token_ids.append(token_id)
+                self.parents.append(above)
+                self.confidences.append(confidence)
+            else:
+                # Rounding must not make a child surer than its parent.
+                either = _either(self.confidences[merged], confidence)
+                self.confidences[merged] = min(either, self.confidences[above])
             mapping.append(merged)
         return mapping
 
-    def best(self, max_nodes: int) -> list[int]:
-        """The root and the max_nodes most promising other nodes, in order.
+    def depth_first(self, max_nodes: int | None, by_confidence: bool) -> list[int]:
+        """The root and the max_nodes most probable other nodes (None: all), every subtree in consecutive places.
 
-        A child has fewer or as many votes as its parent and a larger rank, hence comes after it: parents are kept.
+        by_confidence: siblings in the order of falling confidence, else in the order in which they were first met.
         """
-        promising = sorted(range(1, len(self.token_ids)), key=lambda node: (self.ranks[node] - self.votes[node], node))
-        return [0, *sorted(promising[:max_nodes])]
+        # Stable, so that of equally probable nodes the one first met comes first: a parent before its child, hence
+        # the parents of all kept nodes are kept.
+        kept = sorted(range(len(self.token_ids)), key=self.confidences.__getitem__, reverse=True)
+        if max_nodes is not None:
+            del kept[max_nodes + 1 :]
+        if not by_confidence:
+            kept.sort()
+        children: list[list[int]] = [[] for _ in self.token_ids]
+        for node in reversed(kept[1:]):
+            children[self.parents[node]].append(node)
+        order: list[int] = []
+        stack = [0]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack += children[node]
+        return order
 
 
 def merge_trees(trees: Sequence[TokenTree], max_nodes: int | None = None) -> MergedDraft:
-    """The union of the root paths of the trees; the first tree's children stand first.
+    """The union of the root paths of the trees.
 
-    max_nodes: upper bound of the merged nodes, the root not counted. Trees without distributions lose the nodes that
-        few trees propose and that stand far down or late among their siblings. Trees with sampled children lose whole
-        levels, counted before duplicates are merged: the number of draws of a level does not depend on what was drawn
-        there, so that multi-step speculative sampling stays unbiased.
+    max_nodes: upper bound of the merged nodes, the root not counted. Trees without distributions keep the most probable
+        nodes of the union. Trees with sampled children lose whole levels, counted before duplicates are merged: the
+        number of draws of a level does not depend on what was drawn there, so that multi-step speculative sampling
+        stays unbiased.
+
+    A tree without confidences counts with 2^-(sum over a node's path of 1 + place among its siblings).
 
     Raises:
         InvalidTree: no tree is given, the roots differ, or the union is larger than a tree may be.
     """
+    _check(trees, max_nodes)
+    if len(trees) == 1 and trees[0].confidences and (max_nodes is None or len(trees[0]) <= max_nodes + 1):
+        return MergedDraft.single(trees[0])
+    sampled = any(tree.distributions for tree in trees)
+    if max_nodes is not None and sampled:
+        trees = _cut_levels(trees, max_nodes)
+    union = _Union(trees[0].token_ids[0])
+    mappings = [union.add(tree) for tree in trees]
+    order = union.depth_first(max_nodes, by_confidence=not sampled)
+    final = [-1] * len(union.token_ids)
+    for index, old in enumerate(order):
+        final[old] = index
+    tree = TokenTree(
+        tuple([union.token_ids[old] for old in order]),
+        (-1, *[final[union.parents[old]] for old in order[1:]]),
+        source="+".join(dict.fromkeys(tree.source for tree in trees if tree.source)),
+        confidences=tuple([union.confidences[old] for old in order]),
+    )
+    return MergedDraft(tree, tuple(trees), tuple(tuple([final[old] for old in mapping]) for mapping in mappings))
+
+
+def _check(trees: Sequence[TokenTree], max_nodes: int | None) -> None:
     if not trees:
         raise InvalidTree("no tree to merge; give TokenTree.root_only(last token) for an empty draft")
     roots = {tree.token_ids[0] for tree in trees}
@@ -88,23 +132,23 @@ def merge_trees(trees: Sequence[TokenTree], max_nodes: int | None = None) -> Mer
         raise InvalidTree(f"the trees have different roots {sorted(roots)}; they are drafts for different sequences")
     if max_nodes is not None and max_nodes < 0:
         raise ValueError(f"max_nodes is {max_nodes}; it must be at least 0")
-    if len(trees) == 1 and (max_nodes is None or len(trees[0]) <= max_nodes + 1):
-        return MergedDraft.single(trees[0])
-    if max_nodes is not None and any(tree.distributions for tree in trees):
-        trees = _cut_levels(trees, max_nodes)
-    union = _Union(token_ids=[trees[0].token_ids[0]], parents=[-1], votes=[0], ranks=[0], nodes={})
-    mappings = [union.add(tree) for tree in trees]
-    kept = list(range(len(union.token_ids))) if max_nodes is None else union.best(max_nodes)
-    new = {old: index for index, old in enumerate(kept)}
-    tree = TokenTree(
-        tuple(union.token_ids[old] for old in kept),
-        tuple(-1 if old == 0 else new[union.parents[old]] for old in kept),
-        source="+".join(dict.fromkeys(tree.source for tree in trees if tree.source)),
-    )
-    order = tree.subtree_order()
-    final = {kept[index]: position for position, index in enumerate(order)}
-    maps = tuple(tuple(final.get(old, -1) for old in mapping) for mapping in mappings)
-    return MergedDraft(tree.select(order), tuple(trees), maps)
+
+
+def _either(a: float, b: float) -> float:
+    """log(p + q - p q) for a = log p and b = log q, of which neither is above 0; never below either of them."""
+    high, low = (a, b) if a >= b else (b, a)
+    # p + q - p q = p (1 + (1 - p) q / p): no term cancels or overflows, whatever underflows
+    return high + math.log1p(-math.expm1(high) * math.exp(low - high))
+
+
+def _rank_confidences(tree: TokenTree) -> list[float]:
+    """Confidences of a tree that has none: each child is half as likely as the sibling before it, the first 1/2."""
+    confidences = [0.0] * len(tree)
+    siblings = [0] * len(tree)
+    for node, parent in enumerate(tree.parents[1:], start=1):
+        siblings[parent] += 1
+        confidences[node] = confidences[parent] - siblings[parent] * math.log(2)
+    return confidences
 
 
 def _cut_levels(trees: Sequence[TokenTree], max_nodes: int) -> list[TokenTree]:

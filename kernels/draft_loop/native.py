@@ -29,6 +29,7 @@ class TreeBounds:
     widths: children of a node by depth, for a static tree; empty for best-first growth, which evaluates at each depth
         the `beam` most probable nodes of the best `nodes`.
     floor: nodes of a lower log-probability are not evaluated.
+    temperature: the probability of a child is softmax(logits / temperature).
     """
 
     nodes: int
@@ -36,6 +37,7 @@ class TreeBounds:
     beam: int
     floor: float
     widths: tuple[int, ...] = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class NativeDraftLoop:
             length,
         )
         widths = (c_int64 * len(bounds.widths))(*bounds.widths) if bounds.widths else None
-        shape = TreeBoundsStruct(bounds.nodes, bounds.depth, bounds.beam, bounds.floor, widths)
+        shape = TreeBoundsStruct(bounds.nodes, bounds.depth, bounds.beam, bounds.floor, bounds.temperature, widths)
         room = 1 + bounds.nodes * bounds.depth
         integers = c_int32 * room
         tree = GrownTreeStruct(integers(), integers(), (c_float * room)(), integers(), 0, 0)

@@ -102,7 +102,8 @@ class Pass {
   std::vector<float> hidden_, other_, logits_, cos_, sin_;
 };
 
-float log_sum_exp(const float* values, std::int64_t size) {
+// log(sum(exp(scale * values))), for a scale above 0.
+float log_sum_exp(const float* values, std::int64_t size, float scale) {
   Vec highest = broadcast(-std::numeric_limits<float>::infinity());
   std::int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
@@ -112,10 +113,10 @@ float log_sum_exp(const float* values, std::int64_t size) {
   float top = max_lane(highest);
   for (std::int64_t j = i; j < size; ++j) top = std::max(top, values[j]);
   Vec total = {};
-  for (i = 0; i + kLanes <= size; i += kLanes) total += exp(load(values + i) - top);
+  for (i = 0; i + kLanes <= size; i += kLanes) total += exp((load(values + i) - top) * scale);
   float rest = sum(total);
-  for (; i < size; ++i) rest += std::exp(values[i] - top);
-  return top + std::log(rest);
+  for (; i < size; ++i) rest += std::exp((values[i] - top) * scale);
+  return top * scale + std::log(rest);
 }
 
 struct Candidate {
@@ -157,13 +158,15 @@ class Growth {
   // Adds the children of the frontier, of this depth, from its logits; the new frontier is in frontier().
   void extend(const float* logits, std::int64_t vocab, std::int64_t depth) {
     const std::int64_t wanted = std::min(width(depth), vocab), first = tree_.nodes;
+    const float scale = 1 / bounds_.temperature;
     candidates_.resize(frontier_.size());
     for (std::size_t row = 0; row < frontier_.size(); ++row) {
       const float* values = logits + static_cast<std::int64_t>(row) * vocab;
-      const float offset = tree_.confidences[frontier_[row]] - log_sum_exp(values, vocab);
+      const float above = tree_.confidences[frontier_[row]];
+      const float offset = above - log_sum_exp(values, vocab, scale);
       best_of(values, vocab, wanted, candidates_[row]);
       for (Candidate& candidate : candidates_[row])
-        candidate.confidence = std::min(candidate.confidence + offset, tree_.confidences[frontier_[row]]);
+        candidate.confidence = std::min(candidate.confidence * scale + offset, above);
     }
     const std::vector<std::int64_t> counts = bounds_.widths ? by_rank(depth) : by_confidence(wanted);
     for (std::size_t row = 0; row < frontier_.size(); ++row)

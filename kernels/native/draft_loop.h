@@ -35,12 +35,13 @@ struct SequenceCache {
 
 // The shape of the tree. Best-first: at each depth the `beam` most probable of the nodes that belong to the best
 // max_nodes are evaluated. With widths: a node of depth i has widths[i] children. No node of a log-probability below
-// `floor` is evaluated. The root does not count as a node.
+// `floor` is evaluated. The root does not count as a node. The probability of a child is softmax(logits / temperature).
 struct TreeBounds {
   std::int64_t max_nodes;
   std::int64_t max_depth;
   std::int64_t beam;
   float floor;
+  float temperature;
   const std::int64_t* widths;  // [max_depth] or null
 };
 

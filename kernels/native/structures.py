@@ -110,6 +110,7 @@ class TreeBoundsStruct(Structure):
         ("max_depth", c_int64),
         ("beam", c_int64),
         ("floor", c_float),
+        ("temperature", c_float),
         ("widths", POINTER(c_int64)),
     )
 

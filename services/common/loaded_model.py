@@ -37,8 +37,9 @@ def leave_cores_to_kernels(model: Transformer) -> None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its KV cache, and what other services are told of it."""
+    """A model, the folder it came from, its KV cache, and what other services are told of it."""
 
+    folder: Path
     model: Transformer
     cache: KVCache
     facts: ModelFacts
@@ -72,7 +73,7 @@ class LoadedModel:
         log.info("model loaded", extra={**vars(facts), "because": model.backend.reason, "kv_blocks": cache.blocks})
         if facts.kernels == "torch" and options.kernels == "auto":
             log.warning("no kernels of our own run: text comes slowly", extra={"because": model.backend.reason})
-        return cls(model, cache, facts)
+        return cls(folder, model, cache, facts)
 
 
 def _facts(name: str, model: Transformer, tokenizer: str) -> ModelFacts:

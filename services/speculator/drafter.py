@@ -15,6 +15,7 @@ from kernels.draft_loop.native import TreeBounds
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
 from runtime.transformer import Transformer
+from speculation.calibration import Calibration
 from speculation.expansion import BestFirstExpansion, ChildPolicy, ChildSelection, StaticExpansion
 from speculation.logits import LogitsPipeline
 from speculation.sampling import SamplingParams
@@ -54,12 +55,16 @@ class Session:
 
 @dataclass(frozen=True)
 class DrafterSettings:
-    """beam, min_confidence: of best-first growth. stream: tells the random draws of different models apart."""
+    """beam, min_confidence: of best-first growth. stream: tells the random draws of different models apart.
+
+    calibration: of the model, against the LLM it drafts for.
+    """
 
     prefill_chunk: int
     beam: int
     min_confidence: float
     stream: int
+    calibration: Calibration
 
 
 class Drafter:
@@ -151,6 +156,7 @@ class Drafter:
             beam=self.settings.beam,
             floor=math.log(floor) if floor > 0 else -math.inf,
             widths=order.widths[:depth],
+            temperature=self.settings.calibration.greedy_temperature,
         )
         grown = self.model.grow_tree(self.cache, session.cache, session.tokens[session.cache.length :], bounds)
         session.cache.length = len(session.tokens) - 1
@@ -158,7 +164,8 @@ class Drafter:
 
     def _expansion(self, session: Session, order: DraftOrder) -> Expansion:
         root, position = session.tokens[-1], len(session.tokens)
-        policy = ChildPolicy(order.selection, session.pipeline.params.seed, self.settings.stream)
+        params, settings = session.pipeline.params, self.settings
+        policy = ChildPolicy.calibrated(order.selection, params, settings.stream, settings.calibration)
         if order.widths:
             widths = order.widths[: order.depth]
             return StaticExpansion(root, position, policy, widths=widths, max_nodes=order.nodes, source=self.name)
@@ -168,8 +175,8 @@ class Drafter:
             policy,
             max_nodes=order.nodes,
             max_depth=order.depth,
-            beam=self.settings.beam,
-            min_confidence=self.settings.min_confidence,
+            beam=settings.beam,
+            min_confidence=settings.min_confidence,
             source=self.name,
         )
 

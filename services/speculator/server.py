@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ from services.speculator import wire
 from services.speculator.drafter import Drafter, DrafterSettings
 from services.speculator.metrics import SpeculatorMetrics
 from services.speculator.settings import SpeculatorSettings
+from speculation.calibration import Calibration, InvalidCalibration
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +173,17 @@ def _load(settings: SpeculatorSettings) -> list[LoadedModel]:
 
 
 def _drafter(settings: SpeculatorSettings, loaded: LoadedModel) -> Drafter:
+    """StartupError when the model's calibration is broken."""
+    try:
+        calibration = Calibration.read(loaded.folder)
+    except InvalidCalibration as error:
+        raise StartupError(str(error)) from None
+    log.info("draft calibrated", extra={"model": loaded.facts.model, **asdict(calibration)})
     drafting = DrafterSettings(
         prefill_chunk=settings.prefill_chunk,
         beam=settings.beam,
         min_confidence=settings.min_confidence,
         stream=secrets.randbits(63),
+        calibration=calibration,
     )
     return Drafter(loaded.facts.model, loaded.model, loaded.cache, drafting)

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from speculation.acceptance import AcceptanceRule, Accepted, accept
+from speculation.calibration import Calibration
 from speculation.children import ChildPolicy
 from speculation.expansion import BestFirstExpansion, Expansion, StaticExpansion
 from speculation.merge import MergedDraft, merge_trees
+from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
 
 Drafter = Callable[[int, int, int], MergedDraft]
@@ -47,13 +49,19 @@ def static_drafter(rule: AcceptanceRule, models: Sequence[torch.Tensor], widths:
     return draft
 
 
-def best_first_drafter(rule: AcceptanceRule, models: Sequence[torch.Tensor], max_nodes: int) -> Drafter:
+def best_first_drafter(
+    rule: AcceptanceRule,
+    models: Sequence[torch.Tensor],
+    max_nodes: int,
+    calibrations: Sequence[Calibration] = (Calibration(),) * 3,
+) -> Drafter:
     """Merges one best-first tree of each model and cuts the result to 3/2 of a tree."""
 
     def draft(root: int, position: int, seed: int) -> MergedDraft:
         trees = []
-        for stream, model in enumerate(models):
-            policy = ChildPolicy(rule.selection, seed, stream)
+        params = SamplingParams(temperature=0 if rule is AcceptanceRule.GREEDY else 1, seed=seed)
+        for stream, (model, calibration) in enumerate(zip(models, calibrations, strict=False)):
+            policy = ChildPolicy.calibrated(rule.selection, params, stream, calibration)
             builder = BestFirstExpansion(
                 root, position, policy, max_nodes=max_nodes, max_depth=3, beam=2, min_confidence=0.05
             )

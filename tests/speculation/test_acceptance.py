@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speculation.acceptance import AcceptanceRule, Accepted, accept, accept_chosen, choose_tokens, resolve_rule
+from speculation.calibration import Calibration
 from speculation.children import ChildPolicy, ChildSelection
 from speculation.expansion import StaticExpansion
 from speculation.merge import MergedDraft, merge_trees
@@ -24,7 +25,7 @@ from tests.speculation.models import (
     static_drafter,
     step,
 )
-from tests.speculation.trees import token_path, token_trees
+from tests.speculation.trees import confident_trees, token_path, token_paths, token_trees
 
 GREEDY, SHARED_NOISE, MSS, NAIVE = AcceptanceRule
 
@@ -34,11 +35,12 @@ GREEDY, SHARED_NOISE, MSS, NAIVE = AcceptanceRule
 def test_the_draft_does_not_change_the_text(
     rule: AcceptanceRule, data: st.DataObject, seed: int, model_seed: int
 ) -> None:
-    """Any drafts, the wildest too: the text is that of plain decoding."""
+    """Any drafts, the wildest too, and cut anywhere: the text is that of plain decoding."""
     llm = markov_model(model_seed, 5)
 
     def any_draft(root: int, _position: int, _seed: int) -> MergedDraft:
-        return merge_trees([data.draw(token_trees(root=root)), data.draw(token_trees(root=root))])
+        trees = [data.draw(token_trees(root=root)), data.draw(confident_trees(root=root))]
+        return merge_trees(trees, data.draw(st.none() | st.integers(0, 20)))
 
     assert generate(rule, llm, any_draft, seed=seed, length=6) == generate(rule, llm, no_draft, seed=seed, length=6)
 
@@ -60,6 +62,19 @@ def test_the_text_depends_on_the_seed_alone(seed: int) -> None:
     assert len(texts) == 1
     # Without a draft, MSS chooses with the same noise.
     assert texts == {generate(MSS, llm, no_draft, seed=seed, length=20)}
+
+
+@pytest.mark.parametrize("rule", [GREEDY, SHARED_NOISE])
+def test_calibrations_change_the_drafts_and_not_the_text(rule: AcceptanceRule) -> None:
+    llm = markov_model(1, 6)
+    small = [perturbed(llm, 2), perturbed(llm, 3)]
+    sharp, soft = Calibration(greedy_temperature=0.2, disagreement=0.1), Calibration(4.0, 3.0)
+    calibrations = [(sharp, sharp), (sharp, soft), (soft, sharp), (soft, soft)]
+    drafters = [best_first_drafter(rule, small, 6, pair) for pair in calibrations]
+    assert len({frozenset(token_paths(drafter(0, 1, 5).tree)) for drafter in drafters}) == 4
+    for seed in range(5):
+        texts = {generate(rule, llm, drafter, seed=seed, length=20) for drafter in (no_draft, *drafters)}
+        assert len(texts) == 1
 
 
 @given(token_trees(), st.integers(0, 100))

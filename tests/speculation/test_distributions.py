@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from speculation.acceptance import AcceptanceRule, accept
+from speculation.calibration import Calibration
 from speculation.merge import merge_trees
 from speculation.noise import gumbel_noise
 from speculation.tree import TokenTree
@@ -44,6 +45,10 @@ def joint_counts(rule: AcceptanceRule, llm: torch.Tensor, drafter: Drafter, leng
         pytest.param(static_drafter(MSS, SMALL, (2, 1)), id="three models"),
         pytest.param(best_first_drafter(MSS, SMALL[:1], 6), id="best first"),
         pytest.param(best_first_drafter(MSS, SMALL[:2], 6), id="two models, best first, cut"),
+        pytest.param(
+            best_first_drafter(MSS, SMALL[:2], 6, [Calibration(disagreement=0.05), Calibration(disagreement=5)]),
+            id="two models of different calibrations, best first, cut",
+        ),
     ],
 )
 def test_mss_has_the_models_distribution(drafter: Drafter) -> None:

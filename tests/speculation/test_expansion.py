@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speculation.acceptance import AcceptanceRule
+from speculation.calibration import Calibration
 from speculation.children import ChildPolicy, ChildSelection
 from speculation.expansion import BestFirstExpansion, Expansion, StaticExpansion
 from speculation.merge import MergedDraft
 from speculation.noise import gumbel_noise
+from speculation.sampling import SamplingParams
 from speculation.tree import MAX_NODES
 from tests.speculation.models import grow, markov_model, perturbed, step
 from tests.speculation.statistics import ALPHA, chi_square_p_value
@@ -232,7 +234,32 @@ def test_a_perfect_draft_is_accepted_whole(rule: AcceptanceRule) -> None:
         assert accepted.nodes == (1, 2, 3, 4, 5)
 
 
-def calibration(rule: AcceptanceRule, disagreement: float, width: int) -> np.ndarray:
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 3.0])
+def test_temperature_changes_confidences_and_not_the_ranking(temperature: float) -> None:
+    model = markov_model(4, 9)
+    plain, softened = (
+        grow(StaticExpansion(1, 3, ChildPolicy(TOP, temperature=each), widths=(4, 2), max_nodes=99), model)
+        for each in (1.0, temperature)
+    )
+    assert (softened.token_ids, softened.parents) == (plain.token_ids, plain.parents)
+    estimates = (model.double() / temperature).log_softmax(-1)
+    for node, parent in enumerate(softened.parents[1:], start=1):
+        step = estimates[softened.token_ids[parent], softened.token_ids[node]].item()
+        assert softened.confidences[node] == pytest.approx(softened.confidences[parent] + step, abs=1e-4)
+
+
+def test_the_temperature_is_for_greedy_requests_alone() -> None:
+    calibration = Calibration(greedy_temperature=3.0, disagreement=0.7)
+    for selection, params, temperature in (
+        (TOP, SamplingParams(temperature=0, seed=4), 3.0),
+        (TOP, SamplingParams(temperature=0.5, seed=4), 1.0),
+        (SAMPLED, SamplingParams(seed=4), 1.0),
+    ):
+        policy = ChildPolicy.calibrated(selection, params, 8, calibration)
+        assert policy == ChildPolicy(selection, 4, 8, temperature, 0.7)
+
+
+def outcomes(rule: AcceptanceRule, disagreement: float, width: int) -> np.ndarray:
     """(confidence, accepted) of every child where log p - log q is Gumbel noise of the assumed scale: [n, 2]."""
     generator = torch.Generator().manual_seed(1)
     rows = []
@@ -240,7 +267,7 @@ def calibration(rule: AcceptanceRule, disagreement: float, width: int) -> np.nda
         q = (torch.randn(24, generator=generator) * (1 + seed % 3)).log_softmax(-1)
         uniforms = torch.rand(24, generator=generator).clamp_(1e-6, 1 - 1e-6)
         p = (q - disagreement * (-uniforms.log()).log()).log_softmax(-1)
-        policy = ChildPolicy(rule.selection, seed, disagreement=disagreement)
+        policy = ChildPolicy(rule.selection, seed, temperature=disagreement, disagreement=disagreement)
         builder = StaticExpansion(0, 1, policy, widths=(width,), max_nodes=width)
         tree = grow(builder, q.expand(24, -1))
         accepted = step(rule, p.expand(24, -1), MergedDraft.single(tree), seed, 1).nodes
@@ -254,12 +281,14 @@ def calibration(rule: AcceptanceRule, disagreement: float, width: int) -> np.nda
         # Exact under its assumption: four standard deviations of the fullest bin's mean.
         (AcceptanceRule.SHARED_NOISE, 0.4, 0.07),
         (AcceptanceRule.SHARED_NOISE, 0.8, 0.07),
+        (AcceptanceRule.GREEDY, 0.4, 0.07),
+        (AcceptanceRule.GREEDY, 2.0, 0.07),
         # By a formula fitted roughly.
         (AcceptanceRule.MSS, 0.4, 0.12),
     ],
 )
 def test_confidences_are_calibrated(rule: AcceptanceRule, disagreement: float, tolerance: float) -> None:
-    rows = calibration(rule, disagreement, 3)
+    rows = outcomes(rule, disagreement, 3)
     bins = np.minimum((rows[:, 0] * 5).astype(int), 4)
     for index in range(5):
         if (inside := rows[bins == index]).shape[0] > 100:
@@ -281,6 +310,7 @@ def test_bad_limits_are_refused() -> None:
     refused(lambda: BestFirstExpansion(0, 1, policy, max_nodes=3, max_depth=-1), "max_depth is -1")
     refused(lambda: BestFirstExpansion(0, 1, policy, max_nodes=3, max_depth=1, beam=0), "beam 0")
     refused(lambda: ChildPolicy(TOP, disagreement=0), "disagreement is 0")
+    refused(lambda: ChildPolicy(TOP, temperature=0.001), r"temperature is 0.001; it must be a number in 0.01\.\.100")
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (4,), (0, 4)])

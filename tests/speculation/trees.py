@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from speculation.tree import TokenTree
@@ -24,6 +26,19 @@ def token_trees(
             parents.append(edge[0])
             token_ids.append(edge[1])
     return TokenTree(tuple(token_ids), tuple(parents), source=source)
+
+
+@st.composite
+def confident_trees(
+    draw: st.DrawFn, vocab_size: int = 5, max_nodes: int = 14, root: int | None = None, source: str = ""
+) -> TokenTree:
+    """As token_trees, with confidences: certain nodes, equally probable ones, and some whose probability underflows."""
+    tree = draw(token_trees(vocab_size, max_nodes, root, source))
+    steps = st.sampled_from([0.0, 1e-17, 0.5, 800.0]) | st.floats(0, 5)
+    confidences = [0.0]
+    for parent in tree.parents[1:]:
+        confidences.append(confidences[parent] - draw(steps))
+    return replace(tree, confidences=tuple(confidences))
 
 
 def token_path(tree: TokenTree, node: int) -> Path:

@@ -10,6 +10,7 @@ from kernels.native import native_available
 from runtime.kv_cache import KVCache, longest_sequence_blocks
 from runtime.transformer import LoadOptions, Transformer
 from services.speculator.drafter import Drafter, DrafterSettings, DraftOrder
+from speculation.calibration import Calibration
 from speculation.expansion import ChildSelection
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
@@ -34,7 +35,14 @@ def drafter(model: Transformer, sequences: int = 4, **settings: Any) -> Drafter:
     cache = KVCache(
         model.config, sequences * longest_sequence_blocks(model.config), model.device, model.activation_dtype
     )
-    values = {"prefill_chunk": 64, "beam": 3, "min_confidence": 0.0, "stream": 1} | settings
+    values: dict[str, Any] = {
+        "prefill_chunk": 64,
+        "beam": 3,
+        "min_confidence": 0.0,
+        "stream": 1,
+        "calibration": Calibration(),
+    }
+    values |= settings
     return Drafter("ssm", model, cache, DrafterSettings(**values))
 
 
@@ -83,22 +91,58 @@ def test_drafts_do_not_depend_on_what_was_kept(
 @pytest.mark.parametrize("widths", [(), (1, 1, 1, 1), (3, 2, 1), (2,)])
 @pytest.mark.parametrize("beam", [1, 2, 5])
 @pytest.mark.parametrize("nodes", [1, 7, 30])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_the_native_loop_grows_the_tree_that_the_builders_grow(
-    widths: tuple[int, ...], beam: int, nodes: int, model: Transformer, portable: Transformer
+    widths: tuple[int, ...], beam: int, nodes: int, temperature: float, model: Transformer, portable: Transformer
 ) -> None:
     assert (model.grows_trees, portable.grows_trees) == (native_available(), False)
-    settings: dict[str, Any] = {"beam": beam, "min_confidence": 0.002}
+    calibration = Calibration(greedy_temperature=temperature)
+    settings: dict[str, Any] = {"beam": beam, "min_confidence": 0.002, "calibration": calibration}
     one, other = drafter(model, **settings), drafter(portable, **settings)
     wanted = order(widths=widths, nodes=nodes)
     for each in (one, other):
         each.open(wanted.key, PROMPT, len(PROMPT), GREEDY)
     for _ in range(4):
-        tree = one.draft([wanted])[wanted.key]
-        assert shape(tree) == shape(other.draft([wanted])[wanted.key])
+        tree, expected = (each.draft([wanted])[wanted.key] for each in (one, other))
+        assert shape(tree) == shape(expected)
+        assert tree.confidences == pytest.approx(expected.confidences, abs=1e-3)
         deepest = tree.depths().index(max(tree.depths()))
         accepted = [*(tree.token_ids[node] for node in tree.path(deepest)), 44]
         for each in (one, other):
             each.advance(wanted.key, accepted)
+
+
+def draft_of(model: Transformer, params: SamplingParams, wanted: DraftOrder, **settings: Any) -> TokenTree:
+    alone = drafter(model, **settings)
+    alone.open(wanted.key, PROMPT, len(PROMPT), params)
+    return alone.draft([wanted])[wanted.key]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0, presence_penalty=0.5)])
+def test_a_surer_greedy_draft_goes_deeper_and_an_unsure_one_stops(params: SamplingParams, model: Transformer) -> None:
+    """With the native loop and, for the penalty, without it."""
+    trees = [
+        draft_of(model, params, order(), min_confidence=0.5, calibration=Calibration(greedy_temperature=temperature))
+        for temperature in (0.02, 1.0, 10.0)
+    ]
+    depths = [max(tree.depths()) for tree in trees]
+    assert depths[0] == order().depth
+    assert depths[0] > depths[1] >= depths[2] == 1
+
+
+def test_scales_change_the_confidences_of_the_requests_that_they_are_for(model: Transformer) -> None:
+    scaled = [Calibration(), Calibration(greedy_temperature=0.1), Calibration(disagreement=0.1)]
+    naive, noisy, drawn = (
+        [
+            draft_of(model, SamplingParams(seed=5), order(selection=selection), calibration=calibration).confidences
+            for calibration in scaled
+        ]
+        for selection in ChildSelection
+    )
+    assert naive[0] == naive[1] == naive[2]
+    for confidences in (noisy, drawn):
+        assert confidences[0] == confidences[1]
+        assert confidences[2][1] > confidences[0][1]
 
 
 def test_a_whole_accepted_path_leaves_the_next_root_uncomputed(model: Transformer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from speculation.calibration import Calibration
 from tests.services.harness import Services, Verifier, services
 from tests.tiny_models import write_model, write_relative
 
@@ -33,3 +34,13 @@ def shared_verifier(llm: Path) -> Iterator[Verifier]:
 def ssms(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("ssms")
     return [write_relative(folder / f"ssm-{seed}", llm, noise=0.06, seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="package")
+def calibrated_ssms(llm: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two SSMs as good as each other, of which the second takes itself for much the better one."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    paths = [write_relative(folder / f"calibrated-{seed}", llm, noise=0.06, seed=seed) for seed in range(2)]
+    for path, calibration in zip(paths, (Calibration(3.0, 2.0), Calibration(0.5, 0.1)), strict=True):
+        calibration.write(path, {})
+    return paths

@@ -66,6 +66,18 @@ def test_static_and_best_first_trees_of_one_and_three_ssms(
     assert [count > 0 for count in sources] == [index < models for index in range(3)]
 
 
+@pytest.mark.parametrize("speculators", [1, 2])
+def test_trees_of_different_calibrations_merged_and_cut(
+    speculators: int, llm: Path, calibrated_ssms: list[Path], running: Services
+) -> None:
+    groups = [calibrated_ssms] if speculators == 1 else [[ssm] for ssm in calibrated_ssms]
+    verifier = running.verifier(llm, *(running.speculator(*group) for group in groups), draft_nodes=6)
+    assert_lossless(verifier, llm, prompts(5))
+    unsure, sure = (verifier.metric("accepted_from_total", source=ssm.name) for ssm in calibrated_ssms)
+    assert 0 < unsure < sure, "the surer one's nodes are kept"
+    assert verifier.metric("draft_tokens_total") <= 6 * verifier.metric("drafts_total")
+
+
 def test_three_speculators_for_one_verifier(llm: Path, ssms: list[Path], running: Services) -> None:
     verifier = running.verifier(llm, *(running.speculator(ssm) for ssm in ssms))
     assert_lossless(verifier, llm, prompts(5))

@@ -39,12 +39,15 @@ def texts(verifier: Verifier, seeds: range) -> list[list[int]]:
 
 @pytest.mark.parametrize("rule", [AcceptanceRule.SHARED_NOISE, AcceptanceRule.NAIVE])
 def test_a_seed_gives_the_same_text_with_any_draft_or_none(
-    rule: AcceptanceRule, llm: Path, ssms: list[Path], running: Services
+    rule: AcceptanceRule, llm: Path, ssms: list[Path], calibrated_ssms: list[Path], running: Services
 ) -> None:
     plain = texts(running.verifier(llm), range(3))
     drafted = running.verifier(llm, running.speculator(ssms[0]), acceptance=rule)
     assert texts(drafted, range(3)) == plain
     assert drafted.metric("accepted_tokens_total") > 0
+    cut = running.verifier(llm, running.speculator(*calibrated_ssms), acceptance=rule, draft_nodes=5)
+    assert texts(cut, range(3)) == plain
+    assert all(cut.metric("accepted_from_total", source=ssm.name) > 0 for ssm in calibrated_ssms)
     merged = running.verifier(llm, running.speculator(*ssms), acceptance=rule, draft_width=(3, 2, 1), draft_nodes=16)
     with ThreadPoolExecutor(4) as pool:  # other sequences in the batch
         others = [pool.submit(merged.generate, [seed], 60, sampling={"temperature": 1.0}) for seed in range(1, 4)]
