@@ -33,14 +33,16 @@ def write_card(
     )
     columns = "".join(f" k = {k} |" for k in range(1, len(figures.greedy) + 1))
     raw, calibrated = figures.raw_greedy_error, figures.greedy_reliability.error
+    scales = figures.calibration
     noise_raw, noise_calibrated = figures.raw_noise_error, figures.noise_reliability.error
     text = f"""# {folder.name}
 
-A small speculative model of {own / 1e6:.2f} million parameters that drafts for {llm} ({large / 1e6:.1f} million; {large / own:.1f} to
-1), made by `specserve tune`. {how}
+A small speculative model that drafts for {llm}, made by `specserve tune`. It has {own / 1e6:.2f} million parameters,
+one for {large / own:.1f} of the LLM's. {how}
 
 - started from: {start}
-- learnt from: {learnt:,} continuations that {llm} wrote, and its probabilities (distillation), in {tokens:,} training tokens
+- learnt from: {learnt:,} continuations that {llm} wrote, with its probabilities (distillation), in {tokens:,} training
+  tokens
 - coverage of the continuations, with the models before it: {coverage}
 
 ## Held out
@@ -57,8 +59,12 @@ Overlap of the distributions, 1 - TV: {figures.overlap:.3f}.
 ## Calibration
 
 `speculation.json` has what the speculator uses. Expected calibration error of the estimated probability that a drafted
-token is right, on held-out text that the fit has not seen: greedy {raw:.3f} as it comes, {calibrated:.3f} with the fitted temperature
-{figures.calibration.greedy_temperature}; with shared noise {noise_raw:.3f}, and {noise_calibrated:.3f} with the fitted disagreement {figures.calibration.disagreement}.
+token is right, on held-out text that the fit has not seen:
+
+| | as it comes | fitted |
+| --- | ---: | ---: |
+| greedy, temperature {scales.greedy_temperature} | {raw:.3f} | {calibrated:.3f} |
+| shared noise, disagreement {scales.disagreement} | {noise_raw:.3f} | {noise_calibrated:.3f} |
 """
     write_bytes(folder / "README.md", text.encode())
 

@@ -1,4 +1,4 @@
-"""`specserve tune`: boost-tune small speculative models (SSMs) on the outputs of a language model (SpecInfer, section 3).
+"""`specserve tune`: boost-tune small speculative models (SSMs) on the outputs of an LLM (SpecInfer, section 3).
 
 specserve tune --llm my-llm --ssm-size 2x192 --ssm-size 2x192 --prompts prompts.jsonl --out tuned
 torchrun --nproc-per-node 4 -m training.tune --llm my-llm ...     # on four GPUs, or four processes of a CPU

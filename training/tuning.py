@@ -274,8 +274,8 @@ def _check_disk(settings: TuneSettings, count: int) -> None:
     free = shutil.disk_usage(settings.continuations).free
     if needed > free:
         raise CannotWrite(
-            f"{settings.continuations}: the continuations need up to {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are "
-            "free; make room, or give fewer prompts or --new-tokens"
+            f"{settings.continuations}: the continuations need up to {needed / 2**20:,.0f} MiB, "
+            f"{free / 2**20:,.0f} MiB are free; make room, or give fewer prompts or --new-tokens"
         )
 
 

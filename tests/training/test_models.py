@@ -1,4 +1,4 @@
-"""Pretraining and distillation, run as commands on a toy corpus, write folders that the services load."""
+"""Pretraining, going on deeper, and tuning, run as commands on a toy corpus, write folders that the services load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from runtime.transformer import LoadOptions, Transformer
-from training.distill import distillation_loss
 
 TIMEOUT_S = 240
 
@@ -33,7 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_llm_and_ssm_from_text_to_served_folders(corpus: Path, tmp_path: Path) -> None:
-    llm, ssm = tmp_path / "llm", tmp_path / "ssm"
+    llm, deeper = tmp_path / "llm", tmp_path / "deeper"
     command("training.tokenizer", "--corpus", corpus, "--out", llm, "--vocab-size", 512, "--context", 64)
     shape = ["--hidden-size", 32, "--layers", 2, "--heads", 2, "--kv-heads", 1, "--intermediate-size", 48]
     sizes = ["--context", 64, "--batch-tokens", 512, "--micro-batch-tokens", 256, "--tokens", 512 * 60]
@@ -41,20 +40,19 @@ def test_llm_and_ssm_from_text_to_served_folders(corpus: Path, tmp_path: Path) -
     losses = [entry["value"] for entry in json.loads((llm / "training.json").read_text())["held_out"]]
     assert losses[-1] < 0.7 * np.log(512), "the toy corpus is learnt"
 
-    small = ["--hidden-size", 16, "--layers", 1, "--heads", 2, "--kv-heads", 1, "--intermediate-size", 24]
-    sizes = ["--window", 48, "--batch", 8, "--tokens", 8 * 48 * 40, "--output-tokens", 3 * 64 * 48]
-    command("training.distill", "--llm", llm, "--corpus", corpus, "--out", ssm, *small, *sizes)
-    large, little = (Transformer.load(folder, LoadOptions(device="cpu")) for folder in (llm, ssm))
+    shape[3], sizes[-1] = 3, 512 * 10
+    folders = ["--corpus", corpus, "--tokenizer", llm, "--init", llm, "--out", deeper]
+    command("training.pretrain", *folders, "--no-compile", *shape, *sizes)
+    again = [entry["value"] for entry in json.loads((deeper / "training.json").read_text())["held_out"]]
+    assert again[-1] < losses[-1], "it goes on from what is learnt"
+
+    prompts = tmp_path / "prompts.jsonl"
+    command("training.prompts", "--corpus", corpus, "--count", 30, "--out", prompts)
+    sizes = ["--ssm-size", "1x16", "--tokens", 20_000, "--new-tokens", 24, "--threads", 1]
+    command("training.tune", "--llm", deeper, "--prompts", prompts, "--out", tmp_path / "tuned", *sizes)
+    large, little = (
+        Transformer.load(folder, LoadOptions(device="cpu")) for folder in (deeper, tmp_path / "tuned" / "ssm-1")
+    )
     assert large.weight_dtype is little.weight_dtype is torch.bfloat16
+    assert large.config.layers == 3
     assert little.parameters < large.parameters
-    assert (llm / "tokenizer.json").read_bytes() == (ssm / "tokenizer.json").read_bytes()
-    outputs = np.load(ssm / "checkpoints" / "outputs.npy")
-    assert outputs.shape == (3 * 64, 48)
-
-
-def test_the_distillation_loss_is_the_mean_divergence() -> None:
-    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    p, q = teacher.softmax(-1), student.softmax(-1)
-    expected = (p * (p / q).log()).sum(-1).mean()
-    assert distillation_loss(student, teacher) == pytest.approx(float(expected), abs=1e-5)
-    assert distillation_loss(teacher, teacher) == pytest.approx(0, abs=1e-6)
