@@ -89,6 +89,7 @@ def test_is_finite_at_the_ends() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_same_on_the_gpu() -> None:
     on_cpu = gumbel_noise(7, [3, 4], 32003)
     on_gpu = gumbel_noise(7, [3, 4], 32003, "cuda").cpu()
