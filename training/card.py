@@ -32,9 +32,9 @@ def write_card(
         else "Tuned on all of the LLM's continuations, without boosting."
     )
     columns = "".join(f" k = {k} |" for k in range(1, len(figures.greedy) + 1))
-    raw, calibrated = figures.raw_greedy_error, figures.greedy_reliability.error
+    raw, calibrated = figures.raw_greedy.error, figures.greedy_reliability.error
     scales = figures.calibration
-    noise_raw, noise_calibrated = figures.raw_noise_error, figures.noise_reliability.error
+    noise_raw, noise_calibrated = figures.raw_noise.error, figures.noise_reliability.error
     text = f"""# {folder.name}
 
 A small speculative model that drafts for {llm}, made by `specserve tune`. It has {own / 1e6:.2f} million parameters,

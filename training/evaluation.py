@@ -56,43 +56,60 @@ class Reliability:
         ]
 
 
-@dataclass(frozen=True)
+def _no_hits() -> torch.Tensor:
+    return torch.zeros(WIDTH, dtype=torch.float64)
+
+
+@dataclass
 class HeldOut:
     """Figures of one small model.
 
-    greedy: share of positions where the LLM's first choice is among the model's k first, for k = 1..WIDTH.
-    shared_noise: the same for the LLM's draws and the model's candidates, ranked with the same noise.
-    overlap: mean of 1 - TV(p, q), the chance that one child drawn from q is accepted at temperature 1.
-    greedy_reliability, noise_reliability: of the calibrated estimates; raw_*: with neither temperature nor fit.
+    greedy_hits: at how many positions the LLM's first choice is among the model's k first, for k = 1..WIDTH.
+    noise_hits: the same for the LLM's draws and the model's candidates, ranked with the same noise.
+    overlaps: sum over positions of 1 - TV(p, q), the chance that one child drawn from q is accepted at temperature 1.
+    *_reliability: of the calibrated estimates, where the fit has not seen them; raw_*: of the scores as they are.
     """
 
-    positions: int
-    greedy: list[float]
-    shared_noise: list[float]
-    overlap: float
     calibration: Calibration
-    greedy_reliability: Reliability
-    noise_reliability: Reliability
-    raw_greedy_error: float
-    raw_noise_error: float
+    positions: int = 0
+    greedy_hits: torch.Tensor = field(default_factory=_no_hits)
+    noise_hits: torch.Tensor = field(default_factory=_no_hits)
+    overlaps: float = 0.0
+    greedy_reliability: Reliability = field(default_factory=Reliability)
+    noise_reliability: Reliability = field(default_factory=Reliability)
+    raw_greedy: Reliability = field(default_factory=Reliability)
+    raw_noise: Reliability = field(default_factory=Reliability)
+
+    @property
+    def greedy(self) -> list[float]:
+        """Success rates for k = 1..WIDTH."""
+        shares: list[float] = (self.greedy_hits / self.positions).tolist()
+        return shares
+
+    @property
+    def shared_noise(self) -> list[float]:
+        shares: list[float] = (self.noise_hits / self.positions).tolist()
+        return shares
+
+    @property
+    def overlap(self) -> float:
+        return self.overlaps / self.positions
 
     def measurements(self) -> dict[str, Any]:
         """What `speculation.json` says of the calibration."""
         return {
             "positions": self.positions,
             "expected_calibration_error": {
-                "greedy": {
-                    "raw": round(self.raw_greedy_error, 4),
-                    "calibrated": round(self.greedy_reliability.error, 4),
-                },
-                "shared_noise": {
-                    "raw": round(self.raw_noise_error, 4),
-                    "calibrated": round(self.noise_reliability.error, 4),
-                },
+                "greedy": _before_and_after(self.raw_greedy, self.greedy_reliability),
+                "shared_noise": _before_and_after(self.raw_noise, self.noise_reliability),
             },
             "greedy_reliability": self.greedy_reliability.table(),
             "shared_noise_reliability": self.noise_reliability.table(),
         }
+
+
+def _before_and_after(raw: Reliability, calibrated: Reliability) -> dict[str, float]:
+    return {"raw": round(raw.error, 4), "calibrated": round(calibrated.error, 4)}
 
 
 @dataclass(frozen=True)
@@ -117,41 +134,28 @@ class _Positions:
 
 
 def evaluate(llm: Transformer, ssm: Transformer, continuations: Sequence[Continuation]) -> HeldOut:
-    """Fit the calibration on every second continuation, measure it on the others, and all else on all of them."""
-    fitted = list(continuations[::2])
-    unseen = list(continuations[1::2]) or fitted
+    """Fit the calibration on the first half of the continuations, measure it on the other, and all else on all."""
+    half = max(1, len(continuations) // 2)
+    fitted, unseen = continuations[:half], continuations[half:] or continuations
     calibration = Calibration(
         greedy_temperature=_best_of_grid(llm, ssm, fitted, lambda at: (at.log_q, at.greedy_token)),
         disagreement=_best_of_grid(llm, ssm, fitted, lambda at: (at.noisy, at.drawn_token)),
     )
-    reliabilities = [Reliability() for _ in range(4)]
+    figures = HeldOut(calibration=calibration)
     for at in _positions(llm, ssm, unseen):
-        for reliability, scores, token, scale in (
-            (reliabilities[0], at.log_q, at.greedy_token, calibration.greedy_temperature),
-            (reliabilities[1], at.noisy, at.drawn_token, calibration.disagreement),
-            (reliabilities[2], at.log_q, at.greedy_token, 1.0),
-            (reliabilities[3], at.noisy, at.drawn_token, 1.0),
+        for scores, token, scale, raw, calibrated in (
+            (at.log_q, at.greedy_token, calibration.greedy_temperature, figures.raw_greedy, figures.greedy_reliability),
+            (at.noisy, at.drawn_token, calibration.disagreement, figures.raw_noise, figures.noise_reliability),
         ):
-            estimates = (scores / scale).softmax(-1).topk(WIDTH)
-            reliability.add(estimates.values, estimates.indices == token)
-    positions, overlap = 0, 0.0
-    greedy = torch.zeros(WIDTH, dtype=torch.float64)
-    noisy = torch.zeros(WIDTH, dtype=torch.float64)
+            best = scores.topk(WIDTH).indices
+            raw.add(scores.softmax(-1).gather(-1, best), best == token)
+            calibrated.add((scores / scale).softmax(-1).gather(-1, best), best == token)
     for at in _positions(llm, ssm, continuations):
-        positions += len(at.log_p)
-        overlap += float(torch.minimum(at.log_p.exp(), at.log_q.exp()).sum())
-        greedy += _hits_by_rank(at.log_q, at.greedy_token)
-        noisy += _hits_by_rank(at.noisy, at.drawn_token)
-    return HeldOut(
-        positions,
-        (greedy / positions).tolist(),
-        (noisy / positions).tolist(),
-        overlap / positions,
-        calibration,
-        *reliabilities[:2],
-        raw_greedy_error=reliabilities[2].error,
-        raw_noise_error=reliabilities[3].error,
-    )
+        figures.positions += len(at.log_p)
+        figures.overlaps += float(torch.minimum(at.log_p.exp(), at.log_q.exp()).sum())
+        figures.greedy_hits += _hits_by_rank(at.log_q, at.greedy_token)
+        figures.noise_hits += _hits_by_rank(at.noisy, at.drawn_token)
+    return figures
 
 
 def _hits_by_rank(scores: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

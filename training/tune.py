@@ -63,7 +63,8 @@ def tune(
     from services.common.prompt_files import BadPrompts
     from training.distributed import joined_group
     from training.files import CannotWrite
-    from training.tuning import CannotTune, SsmStart, TuneSettings, run
+    from training.tuning import run
+    from training.tuning_inputs import CannotTune, SsmStart, TuneSettings
 
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     try:

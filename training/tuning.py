@@ -5,88 +5,43 @@ Every phase keeps what it has made and skips what is there, so that a run killed
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from runtime.config import ModelConfig, read_config
 from runtime.transformer import LoadOptions, Transformer
 from services.common.loaded_model import leave_cores_to_kernels, use_threads
-from services.common.model_files import resolve_model, tokenizer_hash
-from services.common.prompt_files import read_prompts
+from services.common.model_files import resolve_model
 from training.boosting import Flags, UncoveredSegments
 from training.card import write_card
 from training.continuations import SHARD, TOP, Continuation, Job, make_shard, read_shard, shard_path, write_shard
 from training.distillation import Batch, BatchOrder, Student, distillation_loss, first_choice_hits
 from training.distributed import Group
 from training.evaluation import HeldOut, evaluate
-from training.files import CannotWrite, write_json
+from training.files import CannotWrite
 from training.loop import LoopSettings, TrainingRun
 from training.pretrain import build_llama
+from training.tuning_inputs import (
+    CannotTune,
+    SsmStart,
+    TuneSettings,
+    check_starts,
+    claim,
+    continuations_made_of,
+    jobs_of,
+    tuned_of,
+)
 
 HELD_OUT_EVERY = 50  # prompts
 MOST_HELD_OUT = 64  # continuations
 HEAD_DIM = 64
-
-
-class CannotTune(Exception):
-    """Something that the user can put right; the message is one line."""
-
-
-@dataclass(frozen=True)
-class SsmStart:
-    """Where a small model starts: from a trained one, or new, with `layers` of `width`."""
-
-    model: str = ""
-    layers: int = 0
-    width: int = 0
-
-    @classmethod
-    def from_model(cls, name: str) -> SsmStart:
-        return cls(model=name)
-
-    @classmethod
-    def parse(cls, size: str) -> SsmStart:
-        """Raises CannotTune unless the size is LAYERSxWIDTH."""
-        match = re.fullmatch(r"(\d+)x(\d+)", size)
-        if match is None or not (layers := int(match[1])) or (width := int(match[2])) % 16 or not width:
-            raise CannotTune(f"--ssm-size: got {size!r}; give LAYERSxWIDTH, the width a multiple of 16, such as 2x192")
-        return cls(layers=layers, width=width)
-
-    def __str__(self) -> str:
-        return self.model or f"{self.layers}x{self.width}"
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """See the flags of `specserve tune`."""
-
-    llm: str
-    ssms: tuple[SsmStart, ...]
-    prompts: Path
-    out: Path
-    continuations: Path
-    boost: bool
-    segment: int
-    new_tokens: int
-    samples: int
-    tokens: int
-    batch: int
-    learning_rate: float
-    threads: int
-    seed: int
 
 
 def run(settings: TuneSettings, group: Group, console: Console) -> None:
@@ -100,11 +55,11 @@ def run(settings: TuneSettings, group: Group, console: Console) -> None:
     use_threads(settings.threads)
     folder = resolve_model(settings.llm)
     config = read_config(folder)
-    starts = _check_starts(settings, folder, config)
-    jobs = _jobs(settings, folder, config)
+    starts = check_starts(settings, folder, config)
+    jobs = jobs_of(settings, folder, config)
     if group.leads:
-        _claim(settings.continuations / "made-of.json", _continuations_made_of(settings, folder))
-        _claim(settings.out / "tuned-of.json", _tuned_of(settings, folder, starts))
+        claim(settings.continuations / "made-of.json", continuations_made_of(settings, folder))
+        claim(settings.out / "tuned-of.json", tuned_of(settings, folder, starts))
     group.wait()
     llm = Transformer.load(folder, LoadOptions(device=str(group.device)))
     leave_cores_to_kernels(llm)
@@ -207,38 +162,6 @@ def _percent(shares: Sequence[float]) -> str:
     return ", ".join(f"{share:.1%}" for share in shares)
 
 
-def _check_starts(settings: TuneSettings, llm: Path, config: ModelConfig) -> list[SsmStart]:
-    """The starts with hub ids resolved; CannotTune when there is none or one has other tokens than the LLM."""
-    if not settings.ssms:
-        raise CannotTune("no SSM to tune; give --ssm FOLDER or --ssm-size LAYERSxWIDTH, once for each")
-    expected = tokenizer_hash(llm)
-    resolved = [SsmStart(str(resolve_model(start.model))) if start.model else start for start in settings.ssms]
-    for model in (Path(start.model) for start in resolved if start.model):
-        vocab, tokens = read_config(model).vocab_size, tokenizer_hash(model)
-        if (vocab, tokens) != (config.vocab_size, expected):
-            raise CannotTune(
-                f"SSM {model} has a vocabulary of {vocab} and tokenizer {tokens[:12]}, but LLM {settings.llm} has "
-                f"{config.vocab_size} and {expected[:12]}; use one with the LLM's tokenizer"
-            )
-    return resolved
-
-
-def _jobs(settings: TuneSettings, llm: Path, config: ModelConfig) -> list[Job]:
-    """The prompts as tokens, each greedily and `samples` times at random; of long prompts the end is kept."""
-    room = config.context_length - settings.new_tokens
-    if room < 1:
-        raise CannotTune(
-            f"--new-tokens: got {settings.new_tokens}; the LLM's context is {config.context_length} tokens, with prompt"
-        )
-    tokenizer = Tokenizer.from_file(str(llm / "tokenizer.json"))
-    encoded = tokenizer.encode_batch(list(read_prompts(settings.prompts)))
-    return [
-        Job(tuple(encoding.ids[-room:]), samples=sample > 0)
-        for encoding in encoded
-        for sample in range(1 + settings.samples)
-    ]
-
-
 def _continue_prompts(
     llm: Transformer, jobs: Sequence[Job], settings: TuneSettings, group: Group, console: Console
 ) -> None:
@@ -308,37 +231,3 @@ def _new_model(start: SsmStart, config: ModelConfig) -> PreTrainedModel:
 def _load(folder: str) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
-
-
-def _claim(record: Path, made_of: dict[str, Any]) -> None:
-    """Note what a folder's content is made of; CannotTune when it has content made of something else."""
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if differing := [key for key in made_of if before.get(key) != made_of[key]]:
-            key = differing[0]
-            raise CannotTune(
-                f"{record.parent} was begun with {key} = {before.get(key)!r}, now it is {made_of[key]!r}; give another "
-                "folder, the first settings, or delete it"
-            )
-        return
-    write_json(record, made_of)
-
-
-def _continuations_made_of(settings: TuneSettings, llm: Path) -> dict[str, Any]:
-    prompts = hashlib.sha256(settings.prompts.read_bytes()).hexdigest()
-    names = ("new_tokens", "samples", "seed")
-    return {"llm": _weights_hash(llm), "prompts": prompts} | {name: getattr(settings, name) for name in names}
-
-
-def _tuned_of(settings: TuneSettings, llm: Path, starts: Sequence[SsmStart]) -> dict[str, Any]:
-    ssms = [_weights_hash(Path(start.model)) if start.model else str(start) for start in starts]
-    names = ("boost", "segment", "tokens", "batch", "learning_rate")
-    return _continuations_made_of(settings, llm) | {"ssms": ssms} | {name: getattr(settings, name) for name in names}
-
-
-def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
