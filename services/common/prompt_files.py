@@ -17,13 +17,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         BadPrompts: the file is missing or no text, a line is something else, or there is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as error:
         raise BadPrompts(f"{path}: {error.strerror}; give a JSON Lines file of prompts") from None
     except UnicodeDecodeError as error:
         raise BadPrompts(f"{path}: not UTF-8 at byte {error.start}; give a JSON Lines file of prompts") from None
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines: a text may hold what Unicode calls a line separator.
+    for number, line in enumerate(text.split("\n") if text else [], start=1):
         try:
             prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
