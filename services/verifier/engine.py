@@ -243,7 +243,7 @@ class Engine:
     def _end(self, sequence: RunningSequence, outcome: str) -> None:
         del self._sequences[sequence.id]
         self.scheduler.remove(sequence)
-        self.drafts.forget(sequence.id)
+        self.drafts.forget(sequence)
         self.metrics.requests.labels(outcome).inc()
 
     def _fail_all(self, error: StepFailed | EngineStopped) -> None:
