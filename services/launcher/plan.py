@@ -60,10 +60,8 @@ class Planner:
         redis = settings.redis_url or redis_url(self._folder)
         with ExitStack() as held:
             verifier = f"{LOOPBACK}:{_hold_port(held, LOOPBACK, settings.verifier_port, '--verifier-port')}"
-            speculators = [
-                f"{LOOPBACK}:{_hold_port(held, LOOPBACK, 0 if index else settings.speculator_port, '--speculator-port')}"
-                for index in range(len(settings.speculators))
-            ]
+            wanted = [settings.speculator_port, *(0 for _ in settings.speculators[1:])][: len(settings.speculators)]
+            speculators = [f"{LOOPBACK}:{_hold_port(held, LOOPBACK, port, '--speculator-port')}" for port in wanted]
             port = _hold_port(held, settings.host, settings.port, "--port")
         services = [self._redis(redis)] if settings.redis_url is None else []
         services += [self._speculator(index, address) for index, address in enumerate(speculators)]

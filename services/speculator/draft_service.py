@@ -80,16 +80,17 @@ class DraftService:
     def _draft(self, orders: Sequence[DraftOrder]) -> list[Mapping[SessionKey, TokenTree]]:
         """The trees of each source.
 
-        Sampled trees together must keep their budget, since merged ones can be cut by whole levels only. Of it, look-up
-        may take half, and the models share the rest: so its size is fixed before anything is drawn.
+        Sampled trees together must keep their budget, since merged ones can be cut by whole levels only. Of it, the
+        look-ups may take half, and the models share the rest: it is fixed before anything is drawn.
         """
         left = {order.key: order.nodes for order in orders if order.selection is ChildSelection.SAMPLED}
         taken = dict.fromkeys(left, 0)
         if self._models:
             left = {key: nodes // 2 for key, nodes in left.items()}
         found: list[Mapping[SessionKey, TokenTree]] = []
-        for source in self._lookups:
-            trees = source.draft([replace(order, nodes=left.get(order.key, order.nodes)) for order in orders])
+        for waiting, source in zip(range(len(self._lookups), 0, -1), self._lookups, strict=True):
+            shares = {key: nodes // waiting for key, nodes in left.items()}
+            trees = source.draft([replace(order, nodes=shares.get(order.key, order.nodes)) for order in orders])
             for key in left:
                 taken[key] += len(trees[key]) - 1
                 left[key] -= len(trees[key]) - 1
