@@ -175,7 +175,9 @@ class DraftRequest(_message.Message):
     SELECTION_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     max_nodes: _builtins.int
-    """Upper bounds of each tree, the root not counted."""
+    """Upper bounds of each tree, the root not counted. Of sampled trees all together keep max_nodes times the number of
+    models.
+    """
     max_depth: _builtins.int
     selection: Global___ChildSelection.ValueType
     @_builtins.property
@@ -237,7 +239,7 @@ class Draft(_message.Message):
     sequence_id: _builtins.int
     @_builtins.property
     def trees(self) -> _containers.RepeatedCompositeFieldContainer[_tree_pb2.TokenTree]:
-        """One tree for each small model."""
+        """At most one tree for each small model and each kind of look-up."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class SpeculatorStub:
-    """Hosts small models that draft token trees. It owns nothing: whatever it loses, the verifier opens again.
+    """Drafts token trees with small models and by look-up in texts. It owns nothing: whatever it loses, the verifier opens again.
     """
 
     def __init__(self, channel):
@@ -49,11 +49,11 @@ class SpeculatorStub:
 
 
 class SpeculatorServicer:
-    """Hosts small models that draft token trees. It owns nothing: whatever it loses, the verifier opens again.
+    """Drafts token trees with small models and by look-up in texts. It owns nothing: whatever it loses, the verifier opens again.
     """
 
     def ListModels(self, request, context):
-        """Facts of every small model it hosts.
+        """Facts of every small model it hosts; empty when it drafts by look-up alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,7 +61,8 @@ class SpeculatorServicer:
 
     def Speculate(self, request_iterator, context):
         """One stream for each verifier; one message each way for each engine step. Sequence ids belong to the stream and end
-        with it.
+        with it. The initial metadata "specserve-tokenizer" says "<vocabulary size>:<tokenizer hash>"; fails with
+        FAILED_PRECONDITION when the speculator drafts for another one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +90,7 @@ def add_SpeculatorServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Speculator:
-    """Hosts small models that draft token trees. It owns nothing: whatever it loses, the verifier opens again.
+    """Drafts token trees with small models and by look-up in texts. It owns nothing: whatever it loses, the verifier opens again.
     """
 
     @staticmethod

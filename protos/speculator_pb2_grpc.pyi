@@ -28,33 +28,35 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SpeculatorStub:
-    """Hosts small models that draft token trees. It owns nothing: whatever it loses, the verifier opens again."""
+    """Drafts token trees with small models and by look-up in texts. It owns nothing: whatever it loses, the verifier opens again."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SpeculatorAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_tree_pb2.ModelInfoRequest, _speculator_pb2.DraftModels]
-    """Facts of every small model it hosts."""
+    """Facts of every small model it hosts; empty when it drafts by look-up alone."""
     Speculate: _grpc.StreamStreamMultiCallable[_speculator_pb2.SpeculateRequest, _speculator_pb2.SpeculateResponse]
     """One stream for each verifier; one message each way for each engine step. Sequence ids belong to the stream and end
-    with it.
+    with it. The initial metadata "specserve-tokenizer" says "<vocabulary size>:<tokenizer hash>"; fails with
+    FAILED_PRECONDITION when the speculator drafts for another one.
     """
 
 @_typing.type_check_only
 class SpeculatorAsyncStub(SpeculatorStub):
-    """Hosts small models that draft token trees. It owns nothing: whatever it loses, the verifier opens again."""
+    """Drafts token trees with small models and by look-up in texts. It owns nothing: whatever it loses, the verifier opens again."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_tree_pb2.ModelInfoRequest, _speculator_pb2.DraftModels]  # type: ignore[assignment]
-    """Facts of every small model it hosts."""
+    """Facts of every small model it hosts; empty when it drafts by look-up alone."""
     Speculate: _aio.StreamStreamMultiCallable[_speculator_pb2.SpeculateRequest, _speculator_pb2.SpeculateResponse]  # type: ignore[assignment]
     """One stream for each verifier; one message each way for each engine step. Sequence ids belong to the stream and end
-    with it.
+    with it. The initial metadata "specserve-tokenizer" says "<vocabulary size>:<tokenizer hash>"; fails with
+    FAILED_PRECONDITION when the speculator drafts for another one.
     """
 
 class SpeculatorServicer(metaclass=_abc_1.ABCMeta):
-    """Hosts small models that draft token trees. It owns nothing: whatever it loses, the verifier opens again."""
+    """Drafts token trees with small models and by look-up in texts. It owns nothing: whatever it loses, the verifier opens again."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -62,7 +64,7 @@ class SpeculatorServicer(metaclass=_abc_1.ABCMeta):
         request: _tree_pb2.ModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_speculator_pb2.DraftModels, _abc.Awaitable[_speculator_pb2.DraftModels]]:
-        """Facts of every small model it hosts."""
+        """Facts of every small model it hosts; empty when it drafts by look-up alone."""
 
     @_abc_1.abstractmethod
     def Speculate(
@@ -71,7 +73,8 @@ class SpeculatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_speculator_pb2.SpeculateResponse], _abc.AsyncIterator[_speculator_pb2.SpeculateResponse]]:
         """One stream for each verifier; one message each way for each engine step. Sequence ids belong to the stream and end
-        with it.
+        with it. The initial metadata "specserve-tokenizer" says "<vocabulary size>:<tokenizer hash>"; fails with
+        FAILED_PRECONDITION when the speculator drafts for another one.
         """
 
 def add_SpeculatorServicer_to_server(servicer: SpeculatorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 
 from protos import tree_pb2
 
+TOKENIZER_METADATA = "specserve-tokenizer"
+"""Key of the metadata with which a verifier opens a Speculate stream: ModelFacts.tokenizer_identity."""
+
 
 class ModelMismatch(RuntimeError):
     """Two services serve models whose tokens mean different things; the message has both values."""
@@ -41,6 +44,11 @@ class ModelFacts:
             kernels=message.kernels,
             parameters=message.parameters,
         )
+
+    @property
+    def tokenizer_identity(self) -> str:
+        """What two models must have in common for a token to mean the same."""
+        return f"{self.vocab_size}:{self.tokenizer_hash}"
 
     def check_drafts_for(self, llm: ModelFacts) -> None:
         """Raise ModelMismatch unless this small model speaks the LLM's tokens."""

@@ -24,6 +24,8 @@ FREE_CHOICES = range(20_000, 30_000)
 FREE_ATTEMPTS = 20
 # Settings that `up` hands on to a service, unless the service's own table or environment gives them.
 SHARED = ("log_level", "log_format", "drain_timeout_s")
+# What only the first of several speculators does, whatever their common table says.
+FIRST_SPECULATOR_ONLY = {"prompt_lookup": False, "suffix_index_tokens": 0, "metrics_port": 0}
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,30 @@ class Planner:
             NoRedisServer: none was given and there is none to start.
         """
         settings = self._settings
-        drafts = bool(settings.drafting)
         for model in (settings.llm, *settings.drafting):
             resolve_model(model)
         redis = settings.redis_url or redis_url(self._folder)
         with ExitStack() as held:
             verifier = f"{LOOPBACK}:{_hold_port(held, LOOPBACK, settings.verifier_port, '--verifier-port')}"
-            speculator = f"{LOOPBACK}:{_hold_port(held, LOOPBACK, settings.speculator_port, '--speculator-port')}"
+            wanted = [settings.speculator_port, *(0 for _ in settings.speculators[1:])][: len(settings.speculators)]
+            speculators = [f"{LOOPBACK}:{_hold_port(held, LOOPBACK, port, '--speculator-port')}" for port in wanted]
             port = _hold_port(held, settings.host, settings.port, "--port")
         services = [self._redis(redis)] if settings.redis_url is None else []
-        if drafts:
-            services.append(self._speculator(speculator))
-        services.append(self._verifier(verifier, (speculator,) if drafts else ()))
+        services += [self._speculator(index, address) for index, address in enumerate(speculators)]
+        services.append(self._verifier(verifier, tuple(speculators)))
         services.append(self._gateway(port, verifier, redis))
         return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}")
 
     def _redis(self, url: str) -> Service:
         return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url), silent=True)
 
-    def _speculator(self, address: str) -> Service:
-        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.drafting}
+    def _speculator(self, index: int, address: str) -> Service:
+        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]}
         command = self._command("speculator", decided, SHARED)
-        return Service("speculator", command, grpc_probe(address), expendable=True)
+        if index:
+            command += tuple(to_flags(FIRST_SPECULATOR_ONLY))
+        name = "speculator" if len(self._settings.speculators) == 1 else f"speculator-{index + 1}"
+        return Service(name, command, grpc_probe(address), expendable=True)
 
     def _verifier(self, address: str, speculators: tuple[str, ...]) -> Service:
         decided = {

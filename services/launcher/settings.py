@@ -22,10 +22,18 @@ class UpSettings:
 
     llm: str = setting("Large model: a folder or a hub id.", default=EMBEDDED_LLM)
     ssm: tuple[str, ...] = setting(
-        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has an embedded one.",
+        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has an embedded one; any "
+        "other without one has its drafts looked up in the prompt and in earlier outputs.",
         default=(),
     )
-    speculator: bool = setting("Draft with small models; without, the large model works alone.", default=True)
+    speculator: bool = setting(
+        "Draft with small models and by look-up; without, the large model works alone.", default=True
+    )
+    speculator_per_ssm: bool = setting(
+        "Run a speculator process for each small model, so that they draft at the same time where cores are free. The "
+        "first one also looks drafts up, and alone has the --speculator-port and serves metrics.",
+        default=False,
+    )
     host: str = setting("Address that the HTTP API listens on.", default="127.0.0.1")
     port: int = setting("Port of the HTTP API; 0 chooses a free one.", default=8000, minimum=0, maximum=65535)
     verifier_port: int = setting("Port of the verifier; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
@@ -43,7 +51,19 @@ class UpSettings:
 
     @property
     def drafting(self) -> tuple[str, ...]:
-        """The small models that draft: those given, else the embedded one where it fits, else none."""
+        """The small models that draft: those given, else the embedded one where it fits, else none.
+
+        With none, a speculator drafts by look-up.
+        """
         if not self.speculator:
             return ()
         return self.ssm or ((EMBEDDED_SSM,) if self.llm == EMBEDDED_LLM else ())
+
+    @property
+    def speculators(self) -> tuple[tuple[str, ...], ...]:
+        """The small models of each speculator process."""
+        if not self.speculator:
+            return ()
+        if self.speculator_per_ssm and self.drafting:
+            return tuple((ssm,) for ssm in self.drafting)
+        return (self.drafting,)

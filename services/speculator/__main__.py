@@ -1,4 +1,4 @@
-"""python -m services.speculator --ssm FOLDER [--ssm FOLDER ...]"""
+"""python -m services.speculator [--ssm FOLDER ...]"""
 
 from services.common.service import run_service
 from services.speculator.server import serve

@@ -11,6 +11,9 @@ class SpeculatorMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.draft_tokens = Counter("specserve_speculator_draft_tokens", "Draft tokens sent.", registry=registry)
         self.streams = Gauge("specserve_speculator_streams", "Open Speculate streams.", registry=registry)
+        self.suffix_index_tokens = Gauge(
+            "specserve_speculator_suffix_index_tokens", "Tokens of earlier outputs in the index.", registry=registry
+        )
         self.answer_seconds = Histogram(
             "specserve_speculator_answer_seconds",
             "Time from a message to its trees.",

@@ -20,67 +20,18 @@ from runtime.transformer import LoadOptions
 from services.common.grpc_setup import StatusError, aio_server, start_grpc, stop_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
-from services.common.model_facts import ModelFacts, ModelMismatch
-from services.common.tree_wire import sampling_from_wire, tree_to_wire
-from services.speculator import wire
+from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
+from services.speculator.draft_service import DraftService
 from services.speculator.drafter import Drafter, DrafterSettings
+from services.speculator.lookup import OutputLookup, PromptLookup
 from services.speculator.metrics import SpeculatorMetrics
 from services.speculator.settings import SpeculatorSettings
+from services.speculator.sources import DraftSource
 from speculation.calibration import Calibration, InvalidCalibration
 
 log = logging.getLogger(__name__)
 
 SERVICE = "specserve.v1.Speculator"
-
-
-class DraftService:
-    """Answers one message after the other with all models. Only the worker thread calls it."""
-
-    def __init__(self, drafters: list[Drafter], vocab_size: int, metrics: SpeculatorMetrics) -> None:
-        self._drafters = drafters
-        self._vocab_size = vocab_size
-        self._metrics = metrics
-
-    def answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
-        """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol."""
-        for sequence_id in message.close:
-            for drafter in self._drafters:
-                drafter.close((stream, sequence_id))
-        for opened in message.open:
-            self._open(stream, opened)
-        unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
-        orders = [wire.draft_order(stream, order) for order in message.draft]
-        unknown |= {order.key[1] for order in orders if order.key not in self._drafters[0]}
-        known = [order for order in orders if order.key[1] not in unknown]
-        response = speculator_pb2.SpeculateResponse(step=message.step, unknown_sequence_ids=sorted(unknown))
-        grown = [drafter.draft(known) for drafter in self._drafters]
-        for order in known:
-            trees = [trees[order.key] for trees in grown if order.key in trees]
-            response.drafts.add(sequence_id=order.key[1], trees=[tree_to_wire(tree) for tree in trees])
-            self._metrics.draft_tokens.inc(sum(len(tree) - 1 for tree in trees))
-        return response
-
-    def end(self, stream: int) -> None:
-        """Forget everything that a stream has opened."""
-        for drafter in self._drafters:
-            drafter.close_stream(stream)
-
-    def _open(self, stream: int, message: speculator_pb2.OpenSequence) -> None:
-        tokens = list(message.token_ids)
-        wire.check_tokens("open.token_ids", tokens, self._vocab_size)
-        params = sampling_from_wire(message.sampling)
-        for drafter in self._drafters:
-            drafter.open((stream, message.sequence_id), tokens, message.prompt_length, params)
-
-    def _advance(self, stream: int, message: speculator_pb2.AdvanceSequence) -> bool:
-        key = (stream, message.sequence_id)
-        if key not in self._drafters[0]:
-            return False
-        tokens = list(message.token_ids)
-        wire.check_tokens("advance.token_ids", tokens, self._vocab_size)
-        for drafter in self._drafters:
-            drafter.advance(key, tokens)
-        return True
 
 
 class Servicer(SpeculatorServicer):
@@ -100,6 +51,7 @@ class Servicer(SpeculatorServicer):
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._streams = itertools.count(1)
+        self._tokenizer = facts[0].tokenizer_identity if facts else None
 
     async def ListModels(
         self, request: tree_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext[object, object]
@@ -111,6 +63,7 @@ class Servicer(SpeculatorServicer):
         request_iterator: AsyncIterator[speculator_pb2.SpeculateRequest],
         context: grpc.aio.ServicerContext[object, object],
     ) -> AsyncIterator[speculator_pb2.SpeculateResponse]:
+        self._check_tokenizer(context)
         stream = next(self._streams)
         loop = asyncio.get_running_loop()
         ending = asyncio.ensure_future(self._lifecycle.drain_started.wait())
@@ -125,6 +78,18 @@ class Servicer(SpeculatorServicer):
             ending.cancel()
             self._metrics.streams.dec()
             self._worker.submit(self._service.end, stream)
+
+    def _check_tokenizer(self, context: grpc.aio.ServicerContext[object, object]) -> None:
+        """Refuse a verifier of another tokenizer; where no model has one, the first verifier's counts."""
+        theirs = dict(context.invocation_metadata() or ()).get(TOKENIZER_METADATA)
+        if theirs is not None and self._tokenizer is None:
+            self._tokenizer = str(theirs)
+        if theirs is not None and theirs != self._tokenizer:
+            raise StatusError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this speculator drafts for tokenizer {self._tokenizer}, the verifier has {theirs!s}; start a "
+                "speculator for each tokenizer, and again when the verifier's changes",
+            )
 
 
 async def _next_unless(
@@ -146,8 +111,9 @@ async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIter
     worker = ThreadPoolExecutor(1, "drafts", initializer=use_threads, initargs=(settings.threads,))
     loaded = await asyncio.get_running_loop().run_in_executor(worker, _load, settings)
     metrics = SpeculatorMetrics(lifecycle.registry)
-    drafters = [_drafter(settings, model) for model in loaded]
-    service = DraftService(drafters, loaded[0].facts.vocab_size, metrics)
+    vocab_size = loaded[0].facts.vocab_size if loaded else None
+    models = [_drafter(settings, model) for model in loaded]
+    service = DraftService(models, _lookups(settings, metrics), vocab_size, metrics)
     server = aio_server(lifecycle, exempt=frozenset({f"/{SERVICE}/Speculate"}))
     servicer = Servicer(service, [model.facts for model in loaded], worker, lifecycle, metrics)
     add_SpeculatorServicer_to_server(servicer, server)
@@ -162,7 +128,7 @@ async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIter
 def _load(settings: SpeculatorSettings) -> list[LoadedModel]:
     """Load every model; StartupError when one cannot be served or differs from the first in its tokens."""
     options = LoadOptions(settings.device, settings.dtype, settings.kernels)
-    share = settings.kv_memory / len(settings.ssm)
+    share = settings.kv_memory / max(1, len(settings.ssm))
     loaded = [LoadedModel.load(ssm, options, share, settings.max_sequences) for ssm in settings.ssm]
     for model in loaded:
         try:
@@ -170,6 +136,17 @@ def _load(settings: SpeculatorSettings) -> list[LoadedModel]:
         except ModelMismatch as error:
             raise StartupError(str(error)) from None
     return loaded
+
+
+def _lookups(settings: SpeculatorSettings, metrics: SpeculatorMetrics) -> list[DraftSource]:
+    lookups: list[DraftSource] = []
+    if settings.prompt_lookup:
+        lookups.append(PromptLookup(settings.min_confidence))
+    if settings.suffix_index_tokens:
+        outputs = OutputLookup(settings.min_confidence, settings.suffix_index_tokens)
+        metrics.suffix_index_tokens.set_function(lambda: len(outputs.index))
+        lookups.append(outputs)
+    return lookups
 
 
 def _drafter(settings: SpeculatorSettings, loaded: LoadedModel) -> Drafter:

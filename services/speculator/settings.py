@@ -5,16 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from services.common.settings import ServiceSettings, setting
+from services.common.settings import ServiceSettings, SettingsError, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculatorSettings(ServiceSettings):
-    """The small models: draft token trees for a verifier."""
+    """Small models and look-up in texts: draft token trees for a verifier."""
 
     host: str = setting("Address to listen on.", default="127.0.0.1")
     port: int = setting("Port to listen on; 0 chooses a free one.", default=50052, minimum=0, maximum=65535)
-    ssm: tuple[str, ...] = setting("Folder or hub id of a small model; repeatable, all with the LLM's tokenizer.")
+    ssm: tuple[str, ...] = setting(
+        "Folder or hub id of a small model; repeatable, all with the LLM's tokenizer. Without, look-up drafts alone.",
+        default=(),
+    )
+    prompt_lookup: bool = setting(
+        "Draft what followed where the end of a sequence stood before in its own prompt or output. It costs next to no "
+        "time and pays where text is repeated: summaries, edits, code, extraction.",
+        default=True,
+    )
+    suffix_index_tokens: int = setting(
+        "Draft what followed where the end of a sequence stood in earlier outputs, of any request; keep so many tokens "
+        "of them, the newest, at about 250 bytes each. 0: off. Others' outputs only ever make a text come faster, "
+        "which its reader could notice; they never change it.",
+        default=200_000,
+        minimum=0,
+    )
     device: str = setting("auto, cpu, cuda, cuda:1, ...", default="auto")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("Type of the weights; auto: as stored.", default="auto")
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
@@ -32,5 +47,15 @@ class SpeculatorSettings(ServiceSettings):
     prefill_chunk: int = setting("Tokens of one sequence in one forward pass.", default=512, minimum=1)
     beam: int = setting("Nodes that best-first growth expands at each depth.", default=2, minimum=1, maximum=64)
     min_confidence: float = setting(
-        "Paths less probable than this are not drafted any deeper.", default=0.02, minimum=0, maximum=1
+        "Paths less probable than this are not drafted any deeper, and by look-up not at all.",
+        default=0.02,
+        minimum=0,
+        maximum=1,
     )
+
+    def __post_init__(self) -> None:
+        if not (self.ssm or self.prompt_lookup or self.suffix_index_tokens):
+            raise SettingsError(
+                "nothing to draft with: give --ssm, or switch on prompt_lookup or suffix_index_tokens; to work without "
+                "drafts start no speculator (`specserve up --no-speculator`)"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from protos import speculator_pb2
 from services.speculator.drafter import DraftOrder
 from speculation.expansion import ChildSelection
+from speculation.suffix_index import SEPARATOR
 from speculation.tree import MAX_NODES
 
 MAX_DEPTH = 64
@@ -39,8 +40,12 @@ def draft_order(stream: int, message: speculator_pb2.DraftRequest) -> DraftOrder
     )
 
 
-def check_tokens(field: str, token_ids: list[int], vocab_size: int) -> None:
-    """Raise InvalidMessage for an empty list or a token outside the vocabulary."""
+def check_tokens(field: str, token_ids: list[int], vocab_size: int | None) -> None:
+    """Raise InvalidMessage for an empty list or a token outside the vocabulary.
+
+    vocab_size: None when there is no model; any token may then be the verifier's but the one that separates texts.
+    """
+    vocab_size = SEPARATOR if vocab_size is None else vocab_size
     if not token_ids:
         raise InvalidMessage(f"{field} is empty; it needs at least one token")
     if (largest := max(token_ids)) >= vocab_size:

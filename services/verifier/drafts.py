@@ -38,7 +38,7 @@ class DraftSource(Protocol):
 
     @property
     def models(self) -> int:
-        """How many trees it drafts for a sequence; 0 while it is down."""
+        """How many trees it drafts for a sequence, look-up not counted beside models; 0 while it is down."""
 
     def send(self, step: int, orders: Items[DraftOrder]) -> bool:
         """Ask for drafts; False when the source is down."""
@@ -46,7 +46,7 @@ class DraftSource(Protocol):
     def receive(self, step: int, deadline: float) -> Mapping[int, list[TokenTree]]:
         """Valid trees by sequence id; what is late, missing or wrong is left out. `deadline` is monotonic time."""
 
-    def forget(self, sequence_id: int) -> None:
+    def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
 
     def flush(self) -> None:
@@ -83,9 +83,9 @@ class DraftCollector:
         trees = self._ask(orders) if orders and self.sources else {}
         return {plan.sequence.id: _merge(plan, trees.get(plan.sequence.id, [])) for plan in decoding}
 
-    def forget(self, sequence_id: int) -> None:
+    def forget(self, sequence: Sequence) -> None:
         for source in self.sources:
-            source.forget(sequence_id)
+            source.forget(sequence)
 
     def flush(self) -> None:
         for source in self.sources:

@@ -136,6 +136,7 @@ class Engine:
 
     def _exchange(self) -> bool:
         """Take arrivals and cancellations in; sleep while there is nothing to do; False when it is time to stop."""
+        self.drafts.flush()  # of the last step: the next one may be long in coming
         with self._lock:
             while not (self._arrivals or self._cancelled or self._stopping or not self.scheduler.idle):
                 self._lock.wait()
@@ -243,7 +244,7 @@ class Engine:
     def _end(self, sequence: RunningSequence, outcome: str) -> None:
         del self._sequences[sequence.id]
         self.scheduler.remove(sequence)
-        self.drafts.forget(sequence.id)
+        self.drafts.forget(sequence)
         self.metrics.requests.labels(outcome).inc()
 
     def _fail_all(self, error: StepFailed | EngineStopped) -> None:

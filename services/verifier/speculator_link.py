@@ -17,10 +17,11 @@ import grpc
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
 from services.common.grpc_setup import channel
-from services.common.model_facts import ModelFacts, ModelMismatch
+from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
 from services.verifier import wire
 from services.verifier.drafts import DraftOrder
 from services.verifier.metrics import VerifierMetrics
+from services.verifier.sequence import Sequence as RunningSequence
 from speculation.tree import InvalidTree, TokenTree
 
 log = logging.getLogger(__name__)
@@ -91,9 +92,9 @@ class SpeculatorLink:
             self._drop(stream, "unavailable", str(error))
         return {}
 
-    def forget(self, sequence_id: int) -> None:
+    def forget(self, sequence: RunningSequence) -> None:
         if (stream := self._stream) is not None:
-            stream.forget(sequence_id)
+            stream.forget(sequence)
 
     def flush(self) -> None:
         if (stream := self._stream) is not None:
@@ -142,7 +143,8 @@ class SpeculatorLink:
             facts.check_drafts_for(self._llm)
             names.append(facts.model)
         self._mismatch = None
-        stream = _Stream(stub, len(names))
+        # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
+        stream = _Stream(stub, max(1, len(names)), self._llm)
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)
@@ -159,16 +161,19 @@ class SpeculatorLink:
 class _Stream:
     """One Speculate call and what the speculator knows at its other end."""
 
-    def __init__(self, stub: SpeculatorStub, models: int) -> None:
+    def __init__(self, stub: SpeculatorStub, models: int, llm: ModelFacts) -> None:
         self.models = models
         self._requests: queue.SimpleQueue[speculator_pb2.SpeculateRequest | None] = queue.SimpleQueue()
         self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
         self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
         self._ended: list[int] = []
+        self._last_tokens: dict[int, list[int]] = {}  # of ended sequences, those that the speculator does not have
         self._orders: dict[int, DraftOrder] = {}
         self._unanswered = 0  # the step whose answer is outstanding; 0 for none
         self._sent_at = 0.0
-        self._call = stub.Speculate(iter(self._requests.get, None))
+        self._call = stub.Speculate(
+            iter(self._requests.get, None), metadata=((TOKENIZER_METADATA, llm.tokenizer_identity),)
+        )
 
     def behind(self) -> float:
         """For how long an answer to an earlier step has been outstanding, in seconds; 0 when none is."""
@@ -181,10 +186,10 @@ class _Stream:
         return time.monotonic() - self._sent_at if self._unanswered else 0.0
 
     def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
+        self.flush()
         self._unanswered, self._sent_at = step, time.monotonic()
         self._orders = {order.sequence.id: order for order in orders}
-        self._requests.put(wire.speculate_request(step, self._ended, orders, self._known))
-        self._ended = []
+        self._requests.put(wire.speculate_request(step, orders, self._known))
         for order in orders:
             self._known[order.sequence.id] = len(order.sequence.tokens)
 
@@ -211,11 +216,17 @@ class _Stream:
             self._known.pop(sequence_id, None)
         return wire.read_drafts(response, self._orders, vocab_size)
 
-    def forget(self, sequence_id: int) -> None:
-        if self._known.pop(sequence_id, None) is not None:
-            self._ended.append(sequence_id)
+    def forget(self, sequence: RunningSequence) -> None:
+        if (known := self._known.pop(sequence.id, None)) is not None:
+            self._ended.append(sequence.id)
+            if fresh := sequence.tokens[known:]:
+                self._last_tokens[sequence.id] = fresh
 
     def flush(self) -> None:
+        """Two messages: within one, closing comes before advancing."""
+        if self._last_tokens:
+            self._requests.put(wire.last_tokens(self._last_tokens))
+            self._last_tokens = {}
         if self._ended:
             self._requests.put(speculator_pb2.SpeculateRequest(close=self._ended))
             self._ended = []

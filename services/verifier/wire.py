@@ -60,10 +60,10 @@ def _logprob(entry: TokenLogprob) -> verifier_pb2.TokenLogprob:
 
 
 def speculate_request(
-    step: int, ended: Sequence[int], orders: Sequence[DraftOrder], known: Mapping[int, int]
+    step: int, orders: Sequence[DraftOrder], known: Mapping[int, int]
 ) -> speculator_pb2.SpeculateRequest:
     """known: sequence id -> how many of its tokens the speculator has already."""
-    message = speculator_pb2.SpeculateRequest(step=step, close=ended)
+    message = speculator_pb2.SpeculateRequest(step=step)
     for order in orders:
         sequence = order.sequence
         if sequence.id not in known:
@@ -82,6 +82,14 @@ def speculate_request(
             widths=order.widths,
             selection=_SELECTIONS[order.selection],
         )
+    return message
+
+
+def last_tokens(tokens: Mapping[int, Sequence[int]]) -> speculator_pb2.SpeculateRequest:
+    """What sequences ended with, by sequence id."""
+    message = speculator_pb2.SpeculateRequest()
+    for sequence_id, token_ids in tokens.items():
+        message.advance.add(sequence_id=sequence_id, token_ids=token_ids)
     return message
 
 

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from speculation.acceptance import AcceptanceRule, accept
 from speculation.calibration import Calibration
-from speculation.merge import merge_trees
+from speculation.children import ChildPolicy
+from speculation.expansion import StaticExpansion
+from speculation.lookup import LookupBounds, Reliability, grow_lookup_tree
+from speculation.merge import MergedDraft, merge_trees
 from speculation.noise import gumbel_noise
+from speculation.suffix_index import SuffixIndex
 from speculation.tree import TokenTree
 from tests.speculation.models import (
     Drafter,
     best_first_drafter,
     exact_joint,
     generate,
+    grow,
     markov_model,
     no_draft,
     perturbed,
     static_drafter,
 )
+from tests.speculation.models import step as verify
 from tests.speculation.statistics import ALPHA, chi_square_p_value
 
 LLM = markov_model(1)
@@ -142,4 +150,66 @@ def test_children_that_were_not_drawn_do_not_bias_mss() -> None:
     """A top-k tree under MSS is treated as the naive rule treats it."""
     tops = static_drafter(AcceptanceRule.NAIVE, SMALL[:1], (2, 2))
     counts = joint_counts(MSS, LLM, tops, 2, 1500)
+    assert chi_square_p_value(counts, exact_joint(LLM, 2)) > ALPHA
+
+
+def first_tokens_beside(looked_up: Callable[[int], TokenTree], max_nodes: int) -> np.ndarray:
+    """Counts of the first token of 3000 steps with two draws, merged with a tree that was not drawn, and cut."""
+    counts = np.zeros(len(P))
+    q, log_p = torch.tensor(Q), torch.tensor(P).log()
+    for position, drawn in enumerate(draws(Q, 2, 2)[:3000]):
+        sampled = TokenTree((0, *drawn), (-1, 0, 0), {0: q})
+        draft = merge_trees([sampled, looked_up(position)], max_nodes)
+        accepted = accept(MSS, draft, lambda _node, _path: log_p, seed=1, position=position)
+        counts[accepted.token_ids[0]] += 1
+    return counts
+
+
+def wide(children: int) -> TokenTree:
+    return TokenTree((0, *range(children)), (-1, *(0 for _ in range(children))))
+
+
+@pytest.mark.parametrize("max_nodes", [5, 3])
+def test_a_tree_that_was_not_drawn_may_cut_draws(max_nodes: int) -> None:
+    """Its size differs from step to step, but with nothing that the step draws: 3 nodes cut what 1 does not."""
+    counts = first_tokens_beside(lambda position: wide(3 if position % 2 else 1), max_nodes)
+    assert chi_square_p_value(counts, np.array(P)) > ALPHA
+
+
+def test_a_tree_whose_size_depends_on_the_draws_is_noticed() -> None:
+    """What a look-up must not do that has seen text of the same noise: the cut would then prefer some draws."""
+    drawn = draws(Q, 2, 2)
+    counts = first_tokens_beside(lambda position: wide(3 if drawn[position][0] == 0 else 1), 3)
+    assert chi_square_p_value(counts, np.array(P)) < ALPHA
+
+
+@pytest.mark.parametrize("max_nodes", [4, 7, 20])
+def test_mss_beside_look_up(max_nodes: int) -> None:
+    """In the text so far, over several steps, with levels that are cut by the size of both."""
+    rule, widths, bounds = MSS, (2, 1), LookupBounds(nodes=4, depth=3)
+    text = [0, 1, 2, 0, 1, 3, 0, 2, 1, 0, 3, 3, 0, 0]
+    reliability = Reliability()
+    cut = 0
+
+    def step(tokens: list[int], seed: int) -> MergedDraft:
+        nonlocal cut
+        index = SuffixIndex()
+        index.extend(tokens)
+        looked_up = grow_lookup_tree(index, tokens, reliability, bounds, "prompt-lookup").tree
+        policies = [ChildPolicy(rule.selection, seed, stream) for stream in range(2)]
+        sampled = [
+            grow(StaticExpansion(tokens[-1], len(tokens), policy, widths=widths, max_nodes=6), model)
+            for policy, model in zip(policies, SMALL, strict=False)
+        ]
+        cut += sum(map(len, [*sampled, looked_up])) - 3 > max_nodes
+        return merge_trees([*sampled, looked_up], max_nodes)
+
+    counts = np.zeros((4, 4))
+    for seed in range(1000):
+        tokens = list(text)
+        while len(tokens) < len(text) + 2:
+            draft = step(tokens, seed)
+            tokens.extend(verify(rule, LLM, draft, seed, len(tokens)).token_ids)
+        counts[tuple(tokens[len(text) : len(text) + 2])] += 1
+    assert (cut > 0) == (max_nodes < 20)
     assert chi_square_p_value(counts, exact_joint(LLM, 2)) > ALPHA

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return llm, write_relative(folder / "tiny-ssm", llm, noise=0.1)
 
 
-@pytest.fixture
-def up(models: tuple[Path, Path], free_port: Callable[[], int]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    llm, ssm = models
+Running = tuple[subprocess.Popen[str], str]
+"""The process of `specserve up`, and the URL of its API."""
+
+
+@contextmanager
+def started(*flags: str) -> Iterator[Running]:
     process = subprocess.Popen(
-        [*SPECSERVE, "up", "--llm", str(llm), "--ssm", str(ssm), "--port", str(free_port()), "--threads", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*SPECSERVE, "up", *flags, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     banner = "".join(iter(process.stdout.readline, "  print(answer.choices[0].text)\n"))
@@ -47,7 +48,32 @@ def up(models: tuple[Path, Path], free_port: Callable[[], int]) -> Iterator[tupl
     process.communicate(timeout=TIMEOUT_S)
 
 
-def test_up_complete_and_ctrl_c(up: tuple[subprocess.Popen[str], str]) -> None:
+@pytest.fixture
+def up(models: tuple[Path, Path], free_port: Callable[[], int]) -> Iterator[Running]:
+    llm, ssm = models
+    with started("--llm", str(llm), "--ssm", str(ssm), "--port", str(free_port())) as running:
+        yield running
+
+
+def cost(url: str) -> tuple[int, int]:
+    """Tokens and LLM steps of a completion."""
+    done = specserve("complete", "the cat sat", "--url", url, "--max-tokens", "24")
+    assert done.returncode == 0, done.stderr
+    match = re.search(r"(\d+) tokens, (\d+) LLM steps", done.stderr)
+    assert match is not None, done.stderr
+    return int(match[1]), int(match[2])
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    """Stop it as Ctrl-C does; what it told."""
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0
+    assert "killed" not in err
+    return err
+
+
+def test_up_complete_and_ctrl_c(up: Running) -> None:
     process, url = up
     done = specserve("complete", "the cat sat", "--url", url, "--max-tokens", "24")
     assert done.returncode == 0, done.stderr
@@ -63,11 +89,26 @@ def test_up_complete_and_ctrl_c(up: tuple[subprocess.Popen[str], str]) -> None:
     assert "404" in refused.stderr
     assert "other" in refused.stderr
 
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0
-    assert re.search(r"gateway: stopped(.|\n)*verifier: stopped(.|\n)*speculator: stopped", err)
-    assert "killed" not in err
+    assert re.search(r"gateway: stopped(.|\n)*verifier: stopped(.|\n)*speculator: stopped", stopped(process))
+
+
+def test_up_without_a_small_model_looks_drafts_up(models: tuple[Path, Path], free_port: Callable[[], int]) -> None:
+    with started("--llm", str(models[0]), "--port", str(free_port())) as (process, url):
+        first, second = cost(url), cost(url)
+        assert first[0] == second[0]
+        assert second[1] < first[1], "the second finds the first one's output"
+        assert "speculator is ready" in stopped(process)
+
+
+def test_up_with_a_speculator_for_each_small_model(models: tuple[Path, Path], free_port: Callable[[], int]) -> None:
+    llm, ssm = map(str, models)
+    flags = ("--llm", llm, "--ssm", ssm, "--ssm", llm, "--speculator-per-ssm", "--port", str(free_port()))
+    with started(*flags) as (process, url):
+        tokens, steps = cost(url)
+        assert steps < tokens / 2  # the LLM drafts for itself
+        err = stopped(process)
+    assert all(f"speculator-{number} is ready" in err for number in (1, 2))
+    assert len(re.findall(r"speculator connected.*", err)) == 2
 
 
 def test_a_model_with_another_tokenizer_stops_the_start_with_one_line(

@@ -32,7 +32,7 @@ def make(settings: UpSettings, config: Path | None = None, environ: Mapping[str,
 def flags(plan: Plan, name: str) -> dict[str, list[str]]:
     """Values by flag of one service's command line."""
     (service,) = (service for service in plan.services if service.name == name)
-    assert service.command[:3] == (sys.executable, "-m", f"services.{name}")
+    assert service.command[:3] == (sys.executable, "-m", f"services.{name.partition('-')[0]}")
     values: dict[str, list[str]] = {}
     for argument in service.command[3:]:
         flag, _, value = argument.partition("=")
@@ -75,9 +75,40 @@ def test_every_flag_is_a_setting_of_its_service(settings: UpSettings) -> None:
 
 
 def test_without_a_speculator(settings: UpSettings) -> None:
-    for plan in (make(replace(settings, speculator=False)), make(replace(settings, ssm=()))):
-        assert "speculator" not in [service.name for service in plan.services]
-        assert "--speculator" not in flags(plan, "verifier")
+    plan = make(replace(settings, speculator=False))
+    assert "speculator" not in [service.name for service in plan.services]
+    assert "--speculator" not in flags(plan, "verifier")
+
+
+def test_without_a_small_model_drafts_are_looked_up(settings: UpSettings) -> None:
+    plan = make(replace(settings, ssm=()))
+    speculator = flags(plan, "speculator")
+    assert "--ssm" not in speculator
+    assert flags(plan, "verifier")["--speculator"] == [f"127.0.0.1:{speculator['--port'][0]}"]
+
+
+def test_a_speculator_for_each_small_model(settings: UpSettings, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    environ = {"SPECSERVE_SPECULATOR_METRICS_PORT": "9100", "SPECSERVE_SPECULATOR_PROMPT_LOOKUP": "true"}
+    plan = make(replace(settings, speculator_per_ssm=True, speculator_port=port), environ=environ)
+    names = [service.name for service in plan.services]
+    assert names == ["redis", "speculator-1", "speculator-2", "verifier", "gateway"]
+    first, second = flags(plan, "speculator-1"), flags(plan, "speculator-2")
+    assert (first["--ssm"], second["--ssm"]) == ([settings.ssm[0]], [settings.ssm[1]])
+    assert first["--port"] == [str(port)] != second["--port"]
+    addresses = [f"127.0.0.1:{each['--port'][0]}" for each in (first, second)]
+    assert flags(plan, "verifier")["--speculator"] == addresses
+    only_the_first = {"--no-prompt-lookup", "--suffix-index-tokens", "--metrics-port"}
+    assert not only_the_first & first.keys()
+    assert only_the_first <= second.keys()
+    known = {"--" + field.name.replace("_", "-") for field in fields_of(SpeculatorSettings)}
+    assert {flag.replace("--no-", "--") for flag in second} <= known
+
+
+def test_one_small_model_or_none_has_one_speculator(settings: UpSettings) -> None:
+    for ssm in ((), settings.ssm[:1]):
+        plan = make(replace(settings, ssm=ssm, speculator_per_ssm=True))
+        assert [service.name for service in plan.services] == ["redis", "speculator", "verifier", "gateway"]
 
 
 def test_with_a_redis_that_runs_already(settings: UpSettings) -> None:

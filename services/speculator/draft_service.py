@@ -1,0 +1,100 @@
+"""Answers the messages of all streams with the trees of all draft sources. Knows messages, but no calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from protos import speculator_pb2
+from services.common.tree_wire import sampling_from_wire, tree_to_wire
+from services.speculator import wire
+from services.speculator.drafter import DraftOrder, SessionKey
+from services.speculator.metrics import SpeculatorMetrics
+from services.speculator.sources import DraftSource
+from speculation.children import ChildSelection
+from speculation.tree import TokenTree
+
+
+class DraftService:
+    """Answers one message after the other with all draft sources. Only the worker thread calls it.
+
+    lookups: sources whose trees do not depend on the noise that sampled children are drawn with.
+    vocab_size: of the models, None when there is none.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[DraftSource],
+        lookups: Sequence[DraftSource],
+        vocab_size: int | None,
+        metrics: SpeculatorMetrics,
+    ) -> None:
+        self._models = models
+        self._lookups = lookups
+        self._sources = [*models, *lookups]
+        self._vocab_size = vocab_size
+        self._metrics = metrics
+
+    def answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+        """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol."""
+        for sequence_id in message.close:
+            for source in self._sources:
+                source.close((stream, sequence_id))
+        for opened in message.open:
+            self._open(stream, opened)
+        unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
+        orders = [wire.draft_order(stream, order) for order in message.draft]
+        unknown |= {order.key[1] for order in orders if order.key not in self._sources[0]}
+        known = [order for order in orders if order.key[1] not in unknown]
+        response = speculator_pb2.SpeculateResponse(step=message.step, unknown_sequence_ids=sorted(unknown))
+        drafts = self._draft(known)
+        for order in known:
+            trees = [trees[order.key] for trees in drafts if order.key in trees and len(trees[order.key]) > 1]
+            response.drafts.add(sequence_id=order.key[1], trees=[tree_to_wire(tree) for tree in trees])
+            self._metrics.draft_tokens.inc(sum(len(tree) - 1 for tree in trees))
+        return response
+
+    def end(self, stream: int) -> None:
+        """Forget everything that a stream has opened."""
+        for source in self._sources:
+            source.close_stream(stream)
+
+    def _open(self, stream: int, message: speculator_pb2.OpenSequence) -> None:
+        tokens = list(message.token_ids)
+        wire.check_tokens("open.token_ids", tokens, self._vocab_size)
+        params = sampling_from_wire(message.sampling)
+        for source in self._sources:
+            source.open((stream, message.sequence_id), tokens, message.prompt_length, params)
+
+    def _advance(self, stream: int, message: speculator_pb2.AdvanceSequence) -> bool:
+        key = (stream, message.sequence_id)
+        if key not in self._sources[0]:
+            return False
+        tokens = list(message.token_ids)
+        wire.check_tokens("advance.token_ids", tokens, self._vocab_size)
+        for source in self._sources:
+            source.advance(key, tokens)
+        return True
+
+    def _draft(self, orders: Sequence[DraftOrder]) -> list[Mapping[SessionKey, TokenTree]]:
+        """The trees of each source.
+
+        Sampled trees together must keep their budget, since merged ones can be cut by whole levels only. Of it, the
+        look-ups may take half, and the models share the rest: it is fixed before anything is drawn.
+        """
+        left = {order.key: order.nodes for order in orders if order.selection is ChildSelection.SAMPLED}
+        taken = dict.fromkeys(left, 0)
+        if self._models:
+            left = {key: nodes // 2 for key, nodes in left.items()}
+        found: list[Mapping[SessionKey, TokenTree]] = []
+        for waiting, source in zip(range(len(self._lookups), 0, -1), self._lookups, strict=True):
+            shares = {key: nodes // waiting for key, nodes in left.items()}
+            trees = source.draft([replace(order, nodes=shares.get(order.key, order.nodes)) for order in orders])
+            for key in left:
+                taken[key] += len(trees[key]) - 1
+                left[key] -= len(trees[key]) - 1
+            found.append(trees)
+        shares = {key: math.ceil(nodes / max(1, len(self._models))) for key, nodes in taken.items()}
+        orders = [replace(order, nodes=order.nodes - shares.get(order.key, 0)) for order in orders]
+        return [*(model.draft(orders) for model in self._models), *found]
