@@ -35,7 +35,7 @@ def tune(
     segment: Annotated[
         int,
         typer.Option(min=1, help="Tokens that an SSM must guess in a row to cover them: a sample of the boosting."),
-    ] = 4,
+    ] = 2,
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a continuation.")] = 128,
     samples: Annotated[
         int, typer.Option(min=0, help="Continuations drawn at temperature 1, beside the greedy one, of each prompt.")

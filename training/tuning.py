@@ -189,6 +189,8 @@ def _continue_prompts(
             made_here = make_shard(llm, part, settings.new_tokens, settings.seed * 1_000_003 + shard, on_token)
             write_shard(shard_path(settings.continuations, shard), made_here)
             shown.update(bar, completed=(index // group.size + 1) * SHARD * settings.new_tokens)
+            if not console.is_terminal:
+                console.print(f"shard {index + 1} of {len(missing)}: {shown.tasks[0].description}", highlight=False)
     group.wait()
 
 
