@@ -11,13 +11,18 @@ from typing import Any, Literal
 Engine = Literal["specserve", "transformers"]
 
 
+# Prompts are asked several times: an index of earlier outputs would know the answers.
+NO_LOOKUP: dict[str, Any] = {"prompt_lookup": False, "suffix_index_tokens": 0}
+
+
 @dataclass(frozen=True)
 class Configuration:
     """One row of the table.
 
     key: short name, for charts and raw numbers. title: for the table.
-    drafts: whether the small models take part.
-    verifier: settings of the verifier that differ from its defaults (specserve).
+    drafts: whether there are drafts.
+    ssms: how many of the small models draft; Hugging Face always gets the first. apart: a speculator process for each.
+    verifier, speculator: settings that differ from the defaults (specserve).
     dtype: of weights and arithmetic (transformers).
     """
 
@@ -25,12 +30,22 @@ class Configuration:
     title: str
     engine: Engine
     drafts: bool
+    ssms: int = 1
+    apart: bool = False
     verifier: dict[str, Any] = field(default_factory=dict)
+    speculator: dict[str, Any] = field(default_factory=lambda: NO_LOOKUP)
     dtype: str = "float32"
 
 
 PLAIN = Configuration("plain", "SpecServe, plain decoding", "specserve", drafts=False)
-BEST_FIRST = Configuration("tree", "SpecServe, tree speculation, best-first (the default)", "specserve", drafts=True)
+BEST_FIRST = Configuration("tree", "SpecServe, tree speculation, best-first", "specserve", drafts=True)
+LOOKUP = Configuration(
+    "lookup",
+    "SpecServe, the same with prompt look-up",
+    "specserve",
+    drafts=True,
+    speculator={"suffix_index_tokens": 0},
+)
 HF = Configuration("hf", "Hugging Face `generate`, fp32", "transformers", drafts=False)
 HF_ASSISTED = Configuration("hf-assisted", "Hugging Face assisted `generate`, fp32", "transformers", drafts=True)
 HF_BF16 = Configuration("hf-bf16", "Hugging Face `generate`, bf16", "transformers", drafts=False, dtype="bfloat16")
@@ -60,3 +75,12 @@ def static_tree(widths: Sequence[int]) -> Configuration:
     """Drafts that all have one shape (SpecInfer, section 3: expansion-based trees)."""
     title = f"SpecServe, tree speculation, static <{','.join(map(str, widths))}>"
     return Configuration("static-tree", title, "specserve", drafts=True, verifier=static_drafts(widths))
+
+
+def merged_trees(ssms: int) -> list[Configuration]:
+    """Best-first trees of several small models, merged: all in one speculator, and each in one of its own."""
+    title = f"SpecServe, trees of {ssms} SSMs merged"
+    return [
+        Configuration("merged", title, "specserve", drafts=True, ssms=ssms),
+        Configuration("merged-apart", f"{title}, a speculator each", "specserve", drafts=True, ssms=ssms, apart=True),
+    ]

@@ -118,7 +118,7 @@ def _speed_method(conditions: Conditions) -> str:
         f"{conditions.rounds} rounds; in a round every configuration answers all prompts, one at a time, with nothing "
         "else running, and every other round goes through the configurations in reverse. SpecServe is the whole stack "
         "as processes (Redis, speculator, verifier, gateway), timed by an HTTP client from the request to the end of "
-        "the stream. Hugging Face is `generate` in its own process, timed from token ids to token ids, with its "
+        "the stream. The suffix index is off, as every prompt is asked more than once. Hugging Face is `generate` in its own process, timed from token ids to token ids, with its "
         "defaults for assisted generation; a bf16 row is there when a trial found bf16 at least 10% faster.\n\n"
         "- ms per token: time of the whole answer over its tokens; median over prompts (each the median of its "
         "rounds), with quartiles.\n"

@@ -83,9 +83,18 @@ class Benchmark:
 
     async def _run_stack(self, configuration: Configuration, turn: int) -> None:
         task = self.task
-        up = UpSettings(llm=task.llm, ssm=task.ssms, speculator=configuration.drafts, threads=task.threads)
+        up = UpSettings(
+            llm=task.llm,
+            ssm=task.ssms[: configuration.ssms],
+            speculator=configuration.drafts,
+            speculator_per_ssm=configuration.apart,
+            threads=task.threads,
+        )
         device = {"device": task.device}
-        options: ServiceOptions = {"verifier": device | configuration.verifier, "speculator": device}
+        options: ServiceOptions = {
+            "verifier": device | configuration.verifier,
+            "speculator": device | configuration.speculator,
+        }
         async with running_stack(up, options, self._on_line) as stack:
             with channel(stack.verifier) as connection:
                 gateway = await asyncio.to_thread(GatewayClient.connect, stack.url)

@@ -27,8 +27,10 @@ from benchmarks.configurations import (
     HF_ASSISTED,
     HF_ASSISTED_BF16,
     HF_BF16,
+    LOOKUP,
     PLAIN,
     Configuration,
+    merged_trees,
     sequence_speculation,
     static_tree,
 )
@@ -124,7 +126,7 @@ def main(
     """
     console = Console(stderr=True)
     tree = static_tree(static_width or [2, 1, 1, 1])
-    configurations = [PLAIN, sequence_speculation(sequence_length), tree, BEST_FIRST, HF, HF_ASSISTED]
+    ours = [PLAIN, sequence_speculation(sequence_length), tree, BEST_FIRST, LOOKUP]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = describe_machine(threads)
     try:
@@ -133,6 +135,8 @@ def main(
         )
         for model in (task.llm, *task.ssms):
             resolve_model(model)
+        merged = merged_trees(len(task.ssms)) if len(task.ssms) > 1 else []
+        configurations = [*ours, *merged, HF, HF_ASSISTED]
         chosen, measured = asyncio.run(run(task, configurations, bf16, console))
     except (*USAGE_ERRORS, *RUN_ERRORS) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.client import RequestFailed, VerifierClient
-from benchmarks.configurations import static_drafts
+from benchmarks.configurations import NO_LOOKUP, static_drafts
 from benchmarks.machine import describe_machine
 from benchmarks.prompts import DEFAULT_PROMPTS, BadPrompts, read_prompts
 from benchmarks.report import markdown_table, shown_command
@@ -37,7 +37,7 @@ from services.launcher.supervisor import ServiceFailed
 DEFAULTS = UpSettings()
 WARM_UP_TOKENS = 16
 # What is tried unless the flags say otherwise.
-SSMS = list(DEFAULTS.drafting)
+SSMS = list(DEFAULTS.drafting[:1])
 NODES = [4, 8, 12, 16]
 DEPTHS = [4, 6, 8]
 CONFIDENCES = [0.02, 0.05, 0.1]
@@ -89,7 +89,7 @@ class Sweep:
     async def outcomes(self, shapes: Sequence[DraftShape]) -> AsyncIterator[Outcome]:
         """One for each shape, in their order."""
         for settings, group in itertools.groupby(shapes, DraftShape.speculator):
-            options = {"ssm": self.ssms, "device": "cpu"} | settings
+            options = {"ssm": self.ssms, "device": "cpu"} | NO_LOOKUP | settings
             async with running_service("speculator", options, self.on_line) as speculator:
                 for shape in group:
                     yield await self._outcome(shape, speculator)

@@ -10,7 +10,7 @@ from services.common.settings import setting
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 EMBEDDED_LLM = str(MODELS / "default-llm")
-EMBEDDED_SSM = str(MODELS / "default-ssm")
+EMBEDDED_SSMS = (str(MODELS / "default-ssm-1"), str(MODELS / "default-ssm-2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class UpSettings:
 
     llm: str = setting("Large model: a folder or a hub id.", default=EMBEDDED_LLM)
     ssm: tuple[str, ...] = setting(
-        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has an embedded one; any "
+        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has two of its own; any "
         "other without one has its drafts looked up in the prompt and in earlier outputs.",
         default=(),
     )
@@ -51,13 +51,13 @@ class UpSettings:
 
     @property
     def drafting(self) -> tuple[str, ...]:
-        """The small models that draft: those given, else the embedded one where it fits, else none.
+        """The small models that draft: those given, else the embedded ones where they fit, else none.
 
         With none, a speculator drafts by look-up.
         """
         if not self.speculator:
             return ()
-        return self.ssm or ((EMBEDDED_SSM,) if self.llm == EMBEDDED_LLM else ())
+        return self.ssm or (EMBEDDED_SSMS if self.llm == EMBEDDED_LLM else ())
 
     @property
     def speculators(self) -> tuple[tuple[str, ...], ...]:

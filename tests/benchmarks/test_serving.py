@@ -43,7 +43,7 @@ def test_the_speed_table(pair: tuple[Path, Path], prompts: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     raw = json.loads(out.with_suffix(".json").read_text())
     rows = {row["configuration"]["key"]: row for row in raw["rows"]}
-    assert list(rows) == ["plain", "sequence", "static-tree", "tree", "hf", "hf-assisted"]
+    assert list(rows) == ["plain", "sequence", "static-tree", "tree", "lookup", "hf", "hf-assisted"]
     assert all(row["same_as_hf"] == row["same_as_plain"] == row["prompts"] == 2 for row in rows.values())
     assert rows["plain"]["tokens_per_step"] == rows["hf"]["tokens_per_step"] == 1
     assert min(rows[key]["tokens_per_step"] for key in ("sequence", "static-tree", "tree", "hf-assisted")) > 1.5

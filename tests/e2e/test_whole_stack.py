@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSM
+from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSMS
 from tests.ports import free_port
 
 START_TIMEOUT_S = 120.0
@@ -153,7 +153,7 @@ def test_ctrl_c_ends_everything_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_served_stops_the_start_with_one_line(
     damage: Callable[[Path], None], complaint: str, tmp_path: Path
 ) -> None:
-    ssm = Path(shutil.copytree(EMBEDDED_SSM, tmp_path / "ssm"))
+    ssm = Path(shutil.copytree(EMBEDDED_SSMS[0], tmp_path / "ssm"))
     damage(ssm)
     stack = Stack(tmp_path, "--threads", "1", "--llm", EMBEDDED_LLM, "--ssm", str(ssm))
     assert stack.process.wait(START_TIMEOUT_S) in (1, 2)

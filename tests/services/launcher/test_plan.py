@@ -12,7 +12,7 @@ from services.common.model_files import ModelFilesError
 from services.common.settings import SettingsError, fields_of
 from services.gateway.settings import GatewaySettings
 from services.launcher.plan import Plan, Planner
-from services.launcher.settings import EMBEDDED_SSM, UpSettings
+from services.launcher.settings import EMBEDDED_SSMS, UpSettings
 from services.speculator.settings import SpeculatorSettings
 from services.verifier.settings import VerifierSettings
 
@@ -56,7 +56,7 @@ def test_the_services_are_told_of_each_other(settings: UpSettings) -> None:
 
 
 def test_the_embedded_small_model_drafts_for_the_embedded_large_one_alone() -> None:
-    assert UpSettings().drafting == (EMBEDDED_SSM,)
+    assert UpSettings().drafting == EMBEDDED_SSMS
     assert UpSettings(speculator=False).drafting == ()
     assert UpSettings(llm="other").drafting == ()
     assert UpSettings(llm="other", ssm=("small",)).drafting == ("small",)
