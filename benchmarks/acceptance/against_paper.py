@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.acceptance import paper
 from benchmarks.acceptance.estimates import Comparison
-from benchmarks.acceptance.lines import MODE_TITLES, MODES, WIDTHS
+from benchmarks.acceptance.lines import INDEPENDENT, MODE_TITLES, MODES, WIDTHS
 from benchmarks.acceptance.results import Results
 from benchmarks.acceptance.tasks import WalkKey
 from speculation.acceptance import AcceptanceRule
@@ -68,7 +68,7 @@ def _success_rows(results: Results) -> Iterator[PaperRow]:
             for row in compared:
                 rates = {name: results.success[name, rule, row][WIDTHS.index(k)].value for name in results.sets}
                 ours = {name: Cell(f"{rate:.1%}", rate > span.high) for name, rate in rates.items()}
-                what = "SSM 1" if len(row.sources) == 1 else f"{len(row.sources)} boosted SSMs, k in all"
+                what = "SSM 1" if len(row.sources) == 1 else f"{len(row.sources)} boosted SSMs"
                 yield PaperRow(
                     f"Table 1, {MODE_TITLES[rule]}, k = {k}", what, f"{span.low:.0%} .. {span.high:.0%}", ours
                 )
@@ -77,7 +77,7 @@ def _success_rows(results: Results) -> Iterator[PaperRow]:
 def _tokens_rows(results: Results) -> Iterator[PaperRow]:
     for rule in MODES:
         spans = paper.tokens_per_step(rule)
-        for line in results.lines:
+        for line in (line for line in results.lines if line.key != INDEPENDENT):
             ours = {}
             for name in results.sets:
                 keys = [WalkKey(name, rule, line.key, width) for width in WIDTHS]

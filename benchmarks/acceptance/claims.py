@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -46,23 +46,32 @@ def verdict(comparisons: Mapping[Where, Comparison]) -> str:
     """In how many cells the ratio is above 1, how large it is, and the cells where it is not."""
     ratios = [comparison.value for comparison in comparisons.values()]
     above = sum(ratio > 1 for ratio in ratios)
-    certain = sum(comparison.low > 1 for comparison in comparisons.values())
-    against = sum(comparison.high < 1 for comparison in comparisons.values())
-    holds = "holds everywhere" if above == len(ratios) else "does not hold anywhere" if above == 0 else "holds in part"
+    equal = sum(ratio == 1 for ratio in ratios)
+    surely_above = sum(comparison.low > 1 for comparison in comparisons.values())
+    surely_below = sum(comparison.high < 1 for comparison in comparisons.values())
+    holds = "holds everywhere" if above == len(ratios) else "holds nowhere" if above == 0 else "holds in part"
     text = (
-        f"{holds}: in {above} of {len(ratios)} cells, in {certain} with the whole 95% interval above 1 (in {against} "
-        f"below); the ratio is {min(ratios):.3f} to {max(ratios):.3f}, median {median(ratios):.3f}."
+        f"{holds}. Of {len(ratios)} cells {above} are above ({surely_above} with the whole 95% interval), {equal} "
+        f"equal, {len(ratios) - above - equal} below ({surely_below} with the whole interval); ratio "
+        f"{min(ratios):.2f} to {max(ratios):.2f}, median {median(ratios):.2f}."
     )
-    return text if above == len(ratios) else f"{text} Not above 1: {_exceptions(comparisons)}."
+    return text if above == len(ratios) else f"{text} Not above: {_exceptions(comparisons)}."
 
 
 def _exceptions(comparisons: Mapping[Where, Comparison]) -> str:
-    grouped: dict[str, list[str]] = {}
+    grouped: dict[tuple[str, AcceptanceRule], list[tuple[str, float]]] = {}
     for where, comparison in comparisons.items():
         if comparison.value <= 1:
-            cells = grouped.setdefault(f"{where.prompts}, {MODE_TITLES[where.rule]}", [])
-            cells.append(f"{where.column} ({comparison.value:.3f})")
-    return "; ".join(f"{group}: {', '.join(cells)}" for group, cells in grouped.items())
+            grouped.setdefault((where.prompts, where.rule), []).append((where.column, comparison.value))
+    return "; ".join(
+        f"{prompts}, {MODE_TITLES[rule]}: {_cells([column for column, _ in cells])} "
+        f"(down to {min(ratio for _, ratio in cells):.2f})"
+        for (prompts, rule), cells in grouped.items()
+    )
+
+
+def _cells(columns: Sequence[str]) -> str:
+    return "everywhere" if len(columns) == len(WIDTHS) else f"at {', '.join(columns)}"
 
 
 def _line_comparisons(results: Results, better: str, worse: str, columns: list[str]) -> dict[Where, Comparison]:

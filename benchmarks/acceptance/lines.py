@@ -61,11 +61,11 @@ def draft_lines(sets: Mapping[str, Sequence[str]]) -> tuple[Line, ...]:
     """
     boosted, independent = tuple(sets[BOOSTED]), tuple(sets.get(INDEPENDENT, ()))
     lines = [
-        Line("static", "SSM 1, static", boosted[:1], static=True),
-        Line("best-first", "SSM 1, best-first", boosted[:1]),
+        Line("static", "SSM 1 static", boosted[:1], static=True),
+        Line("best-first", "SSM 1 best-first", boosted[:1]),
     ]
     if len(boosted) > 1:
-        lines.append(Line(BOOSTED, f"{len(boosted)} boosted SSMs, merged", boosted))
+        lines.append(Line(BOOSTED, f"{len(boosted)} boosted SSMs merged", boosted))
     if len(independent) > 1:
-        lines.append(Line(INDEPENDENT, f"{len(independent)} independent SSMs, merged", independent))
+        lines.append(Line(INDEPENDENT, f"{len(independent)} independent SSMs merged", independent))
     return tuple(lines)

@@ -58,10 +58,11 @@ def method(results: Results, conditions: Conditions) -> str:
     nodes = "; ".join(f"{tree_nodes(width)}: {min(own):.1f} to {max(own):.1f}" for width, own in means.items() if own)
     return (
         f"Each prompt is continued for {conditions.new_tokens} tokens or up to end-of-text, greedily and at "
-        f"temperature 1 (seed {conditions.seed}; each prompt has its own noise). The verifier's "
-        "engine, scheduler and merging and the speculator's drafters run in process. Greedy text, and that of shared noise and naive sampling, does not "
-        "depend on the drafts: the LLM writes it once, and each draft is measured along it. With MSS every draft leads "
-        "to another text, so that there the LLM decodes with each.\n\n"
+        f"temperature 1 (seed {conditions.seed}; each prompt has its own noise). The verifier's engine, scheduler and "
+        "merging and the speculator's drafters run in process. Greedy text, and that of shared noise and naive "
+        "sampling, does not depend on the drafts: the LLM writes it once, and each draft is measured along it. With "
+        "MSS every draft leads to another text, so that there the LLM decodes with each; figures of different MSS "
+        "drafts differ by the luck of their texts too.\n\n"
         "Standard errors and 95% intervals are a bootstrap over prompts, whose texts differ more than the positions of "
         "one text; ratios are of the same prompts. Mean number of nodes checked in a step, by the most that a tree may "
         f"have (less near the end of a text, and where sampled trees merge): {nodes}."

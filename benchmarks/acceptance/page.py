@@ -60,7 +60,7 @@ def _success_table(results: Results, rule: AcceptanceRule) -> str:
     theirs = [f"{span[width].low:.0%} .. {span[width].high:.0%}" if width in span else "" for width in WIDTHS]
     cells.append(["paper", "SSM 1", *theirs])
     header = [MODE_TITLES[rule], "candidates", *(f"k = {width}" for width in WIDTHS)]
-    return markdown_table(header, cells)
+    return markdown_table(header, cells, text_columns=2)
 
 
 def _row_title(row: SuccessRow) -> str:
@@ -81,9 +81,9 @@ def _walk_table(results: Results, rule: AcceptanceRule) -> str:
         for line in results.lines
     ]
     spans = paper.tokens_per_step(rule)
-    cells.append(["paper", "SSM 1, static", *(f"{span.low:.2f} .. {span.high:.2f}" for span in spans)])
+    cells.append(["paper", "SSM 1 static", *(f"{span.low:.2f} .. {span.high:.2f}" for span in spans)])
     header = [MODE_TITLES[rule], "drafts", *(f"{tree_nodes(width)} nodes" for width in WIDTHS)]
-    return markdown_table(header, cells)
+    return markdown_table(header, cells, text_columns=2)
 
 
 def _tokens(ratio: Ratio) -> str:
@@ -102,7 +102,7 @@ def _naive_table(results: Results) -> str:
                 )
                 row.append(figure + ratio)
             cells.append(row)
-    return markdown_table(["tokens per LLM step", "drafts", "naive", "MSS", "shared noise"], cells)
+    return markdown_table(["tokens per LLM step", "drafts", "naive", "MSS", "shared noise"], cells, text_columns=2)
 
 
 def _times(comparison: Comparison) -> str:
@@ -115,7 +115,7 @@ def _paper_table(results: Results) -> str:
         [row.of, row.what, row.theirs, *(f"**{c.text}**" if c.above else c.text for c in row.ours.values())]
         for row in rows
     ]
-    return markdown_table(["bold: above the paper's highest", "ours", "paper", *results.sets], cells)
+    return markdown_table(["bold: above the paper's highest", "ours", "paper", *results.sets], cells, text_columns=2)
 
 
 def _prompt_table(results: Results) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_more_candidates_succeed_more_often(results: Results) -> None:
             for name in PROMPTS:
                 for rule in MODES:
                     rates = [ratio.value for ratio in results.success[name, rule, row]]
-                    assert rates == sorted(rates)
+                    assert all(more >= fewer - 1e-6 for fewer, more in pairwise(rates))
 
 
 def test_the_page_its_numbers_and_its_picture(setup: Setup, bench: Bench, results: Results, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_the_page_its_numbers_and_its_picture(setup: Setup, bench: Bench, result
     write_results(out, results, conditions)
     page = out.read_text()
     cells = len(PROMPTS) * len(MODES) * len(WIDTHS)
-    assert f"as many nodes in all** (Table 2): holds everywhere: in {cells} of {cells} cells" in page
+    assert f"as many nodes in all** (Table 2): holds everywhere. Of {cells} cells {cells} are above" in page
     assert "![Tokens per LLM step by width of the tree](page.svg)" in page
     assert str(tmp_path) not in page
     raw = json.loads(out.with_suffix(".json").read_text())
