@@ -47,9 +47,20 @@ class Ratio:
         return np.asarray(self.numerators[drawn].sum(1) / self.denominators[drawn].sum(1))
 
     def over(self, other: Ratio) -> Comparison:
-        """This figure over another of the same prompts; the interval is of pairs, so that hard prompts cancel."""
-        low, high = np.percentile(self.resampled / other.resampled, [2.5, 97.5])
-        return Comparison(self.value / other.value, float(low), float(high))
+        """This figure over another of the same prompts; the interval is of pairs, so that hard prompts cancel.
+
+        Over a figure of zero it is infinite, or 1 when both are zero.
+        """
+        ratios = _quotients(self.resampled, other.resampled)
+        low, high = np.percentile(ratios, [2.5, 97.5], method="inverted_cdf")  # infinite ones do not interpolate
+        value = _quotients(np.array([self.value]), np.array([other.value]))[0]
+        return Comparison(float(value), float(low), float(high))
+
+
+def _quotients(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    quotients = np.where(above > 0, np.inf, 1.0)
+    np.divide(above, below, out=quotients, where=below > 0)
+    return quotients
 
 
 @lru_cache

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from benchmarks.acceptance.__main__ import PROMPT_SETS, app, measure, write_results
 from benchmarks.acceptance.bench import Bench, Setup, load
 from benchmarks.acceptance.decoding import Drafting, decode
+from benchmarks.acceptance.estimates import Comparison, Ratio
 from benchmarks.acceptance.lines import MODES, WIDTHS, draft_lines, static_widths, tree_nodes
 from benchmarks.acceptance.results import Conditions, Results
 from benchmarks.acceptance.runners import KnownTexts, VisitedNodes
@@ -106,13 +108,23 @@ def test_strangers_are_hardly_ever_right(results: Results) -> None:
             assert all(results.success[name, rule, row][0].value < 0.4 for row in strangers if not row.each)
 
 
-def test_more_candidates_succeed_more_often(results: Results) -> None:
+def test_more_candidates_of_an_ssm_succeed_more_often(results: Results) -> None:
     for row in results.rows:
-        if row.each or len(row.sources) == 1:
-            for name in PROMPTS:
-                for rule in MODES:
-                    rates = [ratio.value for ratio in results.success[name, rule, row]]
-                    assert all(more >= fewer - 1e-6 for fewer, more in pairwise(rates))
+        for name, rule in product(PROMPTS, MODES):
+            if len(row.sources) == 1:
+                rates = [ratio.value for ratio in results.success[name, rule, row]]
+                assert all(more >= fewer - 1e-6 for fewer, more in pairwise(rates))
+
+
+def test_ratios_are_of_sums_with_paired_resamples() -> None:
+    half, twice, none = Ratio.of([1, 2], [2, 4]), Ratio.of([2, 4], [1, 2]), Ratio.of([0, 0], [1, 1])
+    assert (half.value, half.error) == (0.5, 0)
+    assert twice.over(half) == Comparison(4, 4, 4)
+    assert half.over(none) == Comparison(math.inf, math.inf, math.inf)
+    assert none.over(none) == Comparison(1, 1, 1)
+    uneven = Ratio.of([10, 1], [1, 1])
+    assert uneven.over(uneven) == Comparison(1, 1, 1)
+    assert uneven.error > 1
 
 
 def test_the_page_its_numbers_and_its_picture(setup: Setup, bench: Bench, results: Results, tmp_path: Path) -> None:
