@@ -16,10 +16,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.acceptance.bench import Setup
-from benchmarks.acceptance.lines import MODE_TITLES, draft_lines
+from benchmarks.acceptance.lines import draft_lines
 from benchmarks.acceptance.page import acceptance_page
 from benchmarks.acceptance.plot import draw_plot
 from benchmarks.acceptance.results import Conditions, Results, raw_numbers
@@ -48,10 +48,9 @@ def measure(
     """Everything that the page shows, and what the models are."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     results = Results(draft_lines(setup.sets), success_rows(setup.sets))
@@ -71,8 +70,7 @@ def measure(
             results.add(measured)
             tokens += measured.tokens
             rate = f"{tokens / (time.monotonic() - started):,.0f} tokens/s"
-            description = f"{measured.prompts}, {MODE_TITLES[measured.rule]}"
-            progress.update(bar, advance=1, description=description, rate=rate)
+            progress.update(bar, advance=1, description=f"{measured.prompts} {measured.rule}", rate=rate)
     return results, facts
 
 
