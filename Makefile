@@ -2,6 +2,7 @@
 # make check   lint, formatting, types, imports, generated stubs      make test-slow   tests that take minutes
 # make protos  generate the stubs from the .proto files               make test-gpu    tests that need a CUDA device
 # make bench   the speed table                                        make clean       remove what make made
+# make bench-acceptance   tokens per LLM step by draft, without a clock
 #
 # PYTHON=python3.12 make serve   chooses the interpreter; ARGS="--port 9000" adds flags to `specserve up`.
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test test-slow test-gpu check protos bench clean setup
+.PHONY: serve test test-slow test-gpu check protos bench bench-acceptance clean setup
 .DEFAULT_GOAL := serve
 
 serve: setup
@@ -40,6 +41,9 @@ protos: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-acceptance: setup
+	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
 setup: $(VENV)/.installed
 	@$(BIN)/python -m kernels.build || true  # says itself what runs instead
