@@ -6,7 +6,11 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+# Prompts of every kind, those of the serving table.
+MIXED_PROMPTS = Path(__file__).parent / "prompts" / "mixed.jsonl"
 
 Engine = Literal["specserve", "transformers"]
 

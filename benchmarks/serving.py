@@ -28,6 +28,7 @@ from benchmarks.configurations import (
     HF_ASSISTED_BF16,
     HF_BF16,
     LOOKUP,
+    MIXED_PROMPTS,
     PLAIN,
     Configuration,
     merged_trees,
@@ -35,13 +36,13 @@ from benchmarks.configurations import (
     static_tree,
 )
 from benchmarks.machine import describe_machine
-from benchmarks.prompts import DEFAULT_PROMPTS, BadPrompts, read_prompts
 from benchmarks.raw import raw_numbers
 from benchmarks.report import Conditions, serving_page, shown_command
 from benchmarks.rounds import Benchmark, Measurements, Task
 from benchmarks.summary import summarize, summarize_latency
 from benchmarks.workers import WorkerFailed
 from services.common.model_files import ModelFilesError, resolve_model
+from services.common.prompt_files import BadPrompts, read_prompts
 from services.common.settings import SettingsError
 from services.launcher.redis_server import NoRedisServer
 from services.launcher.settings import UpSettings
@@ -103,7 +104,7 @@ def main(
         list[str] | None,
         typer.Option(help="Small model that drafts; repeatable. Hugging Face gets the first. [default: models/...]"),
     ] = None,
-    prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = DEFAULT_PROMPTS,
+    prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = MIXED_PROMPTS,
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every configuration answers all prompts.")] = 3,
     device: Annotated[str, typer.Option(help="Where all models run: cpu, cuda, ...")] = "cpu",

@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.client import RequestFailed, VerifierClient
-from benchmarks.configurations import NO_LOOKUP, static_drafts
+from benchmarks.configurations import MIXED_PROMPTS, NO_LOOKUP, static_drafts
 from benchmarks.machine import describe_machine
-from benchmarks.prompts import DEFAULT_PROMPTS, BadPrompts, read_prompts
 from benchmarks.report import markdown_table, shown_command
 from benchmarks.samples import Answer
 from benchmarks.stack import running_service
 from services.common.grpc_setup import channel
 from services.common.model_files import ModelFilesError, resolve_model
+from services.common.prompt_files import BadPrompts, read_prompts
 from services.launcher.settings import UpSettings
 from services.launcher.supervisor import ServiceFailed
 
@@ -182,7 +182,7 @@ def main(
     ] = CONFIDENCES,
     beam: Annotated[list[int], typer.Option(min=1, help="beam to try; repeatable.")] = BEAMS,
     width: Annotated[list[str], typer.Option(help="Static tree to try, as widths by depth; repeatable.")] = WIDTHS,
-    prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = DEFAULT_PROMPTS,
+    prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = MIXED_PROMPTS,
     every: Annotated[int, typer.Option(min=1, help="Take every n-th prompt.")] = 2,
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of the large model; 0: all cores.")] = 0,

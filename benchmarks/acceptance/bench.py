@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Protocol
 
 from benchmarks.acceptance.lines import BOOSTED, INDEPENDENT, source_names
 from runtime.transformer import LoadOptions
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts
-from services.common.model_files import resolve_model
 from services.gateway.tokenizer import GatewayTokenizer
-from services.speculator.drafter import Drafter, DrafterSettings, DraftOrder, SessionKey
-from speculation.sampling import SamplingParams
-from speculation.tree import TokenTree
+from services.speculator.drafter import Drafter, DrafterSettings
+from speculation.calibration import Calibration
 
 LLM_MEMORY, SSM_MEMORY = 0.25, 0.1
 PREFILL_CHUNK = 512
-
-
-class Source(Protocol):
-    """What drafts; `services.speculator.drafter.Drafter` explains the methods."""
-
-    def open(self, key: SessionKey, tokens: Sequence[int], prompt_length: int, params: SamplingParams) -> None: ...
-    def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None: ...
-    def close(self, key: SessionKey) -> None: ...
-    def draft(self, orders: Iterable[DraftOrder]) -> Mapping[SessionKey, TokenTree]: ...
 
 
 @dataclass(frozen=True)
@@ -58,11 +45,11 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Loaded models. sources: by the names that lines use. facts: the LLM's first, then the SSMs' by name."""
+    """Loaded models. models: the SSMs by the names that lines use. facts: the LLM's first, then the SSMs' by name."""
 
     llm: LoadedModel
     tokenizer: GatewayTokenizer
-    sources: Mapping[str, Source]
+    models: Mapping[str, Drafter]
     facts: Mapping[str, ModelFacts]
 
     @property
@@ -82,13 +69,14 @@ def load(setup: Setup) -> Bench:
     options = LoadOptions(device=setup.device)
     llm = LoadedModel.load(setup.llm, options, LLM_MEMORY, setup.sequences)
     facts = {"llm": llm.facts}
-    sources: dict[str, Source] = {}
+    models: dict[str, Drafter] = {}
     names = [name for of in setup.sets.values() for name in of]
     for name, folder in zip(names, (*setup.boosted, *setup.independent), strict=True):
         ssm = LoadedModel.load(folder, options, SSM_MEMORY, setup.sequences)
         ssm.facts.check_drafts_for(llm.facts)
         facts[name] = ssm.facts
         # A floor of 0: every tree has as many nodes as it may have.
-        settings = DrafterSettings(PREFILL_CHUNK, setup.beam, min_confidence=0.0, stream=1 + len(sources))
-        sources[name] = Drafter(name, ssm.model, ssm.cache, settings)
-    return Bench(llm, GatewayTokenizer.from_folder(Path(resolve_model(setup.llm))), sources, facts)
+        calibration = Calibration.read(ssm.folder)
+        settings = DrafterSettings(PREFILL_CHUNK, setup.beam, 0.0, stream=1 + len(models), calibration=calibration)
+        models[name] = Drafter(name, ssm.model, ssm.cache, settings)
+    return Bench(llm, GatewayTokenizer.from_folder(llm.folder), models, facts)

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from benchmarks.acceptance.bench import Bench, Source
-from benchmarks.acceptance.lines import DEPTH
+from benchmarks.acceptance.bench import Bench
+from benchmarks.acceptance.lines import DEPTH, LOOKUPS
 from benchmarks.acceptance.runners import Tokens
-from services.speculator.drafter import DraftOrder as SpeculatorOrder
-from services.speculator.drafter import SessionKey
+from protos import speculator_pb2
+from services.speculator.draft_service import DraftService
+from services.speculator.lookup import OutputLookup, PromptLookup
+from services.speculator.metrics import SpeculatorMetrics
+from services.speculator.settings import SpeculatorSettings
+from services.speculator.sources import DraftSource
+from services.verifier import wire
 from services.verifier.drafts import DraftCollector, DraftOrder, DraftSettings
 from services.verifier.engine import Engine
 from services.verifier.metrics import VerifierMetrics
@@ -27,6 +32,7 @@ from speculation.tree import MAX_NODES, TokenTree
 
 STREAM = 0
 TIMEOUT_S = 600.0  # of one step
+INDEXED_TOKENS = 100_000  # more than one run writes
 
 Outputs = queue.SimpleQueue[tuple[int, StepOutput | Exception]]
 
@@ -67,50 +73,38 @@ class Decoded:
 
 
 class LocalSpeculator:
-    """A speculator without a wire: a `services.verifier.drafts.DraftSource` around sources in this process."""
+    """A speculator without a network: a `services.verifier.drafts.DraftSource` around the service's own answers."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = sources
-        self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the sources have
-        self._orders: list[DraftOrder] = []
-
-    @property
-    def models(self) -> int:
-        return len(self._sources)
+    def __init__(self, service: DraftService, models: int, vocab_size: int) -> None:
+        self.models = max(1, models)
+        self._service = service
+        self._vocab_size = vocab_size
+        self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the service has
+        self._orders: dict[int, DraftOrder] = {}
+        self._request = speculator_pb2.SpeculateRequest()
 
     def send(self, step: int, orders: Sequence[DraftOrder]) -> bool:
-        self._orders = list(orders)
+        self._orders = {order.sequence.id: order for order in orders}
+        self._request = wire.speculate_request(step, orders, self._known)
+        for order in orders:
+            self._known[order.sequence.id] = len(order.sequence.tokens)
         return True
 
     def receive(self, step: int, deadline: float) -> Mapping[int, list[TokenTree]]:
-        for order in self._orders:
-            self._tell(order.sequence)
-        wanted = [
-            SpeculatorOrder((STREAM, order.sequence.id), order.nodes, order.depth, order.widths, order.selection)
-            for order in self._orders
-        ]
-        grown = [source.draft(wanted) for source in self._sources]
-        return {order.key[1]: [trees[order.key] for trees in grown if order.key in trees] for order in wanted}
+        response = self._service.answer(STREAM, self._request)
+        return wire.read_drafts(response, self._orders, self._vocab_size)
 
-    def forget(self, sequence_id: int) -> None:
-        if self._known.pop(sequence_id, None) is not None:
-            for source in self._sources:
-                source.close((STREAM, sequence_id))
+    def forget(self, sequence: RunningSequence) -> None:
+        if (known := self._known.pop(sequence.id, None)) is not None:
+            if fresh := sequence.tokens[known:]:
+                self._service.answer(STREAM, wire.last_tokens({sequence.id: fresh}))
+            self._service.answer(STREAM, speculator_pb2.SpeculateRequest(close=[sequence.id]))
 
     def flush(self) -> None:
         """Endings are passed on at once."""
 
     def close(self) -> None:
-        """The sources live on for the next run."""
-
-    def _tell(self, sequence: RunningSequence) -> None:
-        key: SessionKey = (STREAM, sequence.id)
-        known, self._known[sequence.id] = self._known.get(sequence.id), len(sequence.tokens)
-        for source in self._sources:
-            if known is None:
-                source.open(key, sequence.tokens, len(sequence.request.prompt), sequence.request.sampling)
-            else:
-                source.advance(key, sequence.tokens[known:])
+        """The models live on for the next run."""
 
 
 def decode(
@@ -151,7 +145,7 @@ def _engine(
         draft_depth=DEPTH,
         max_draft_rows=sequences * drafting.nodes,
     )
-    speculator = LocalSpeculator([bench.sources[name] for name in drafting.sources])
+    speculator = _speculator(bench, drafting)
     settings = DraftSettings(sampling_rule(drafting.rule), drafting.widths, TIMEOUT_S)
     scheduler = Scheduler(bounds, runner.cache, context)
 
@@ -159,6 +153,20 @@ def _engine(
         outputs.put((0, RuntimeError(f"the engine broke: {error!r}")))
 
     return Engine(runner, scheduler, DraftCollector([speculator], settings), metrics, sequences, fail)
+
+
+def _speculator(bench: Bench, drafting: Drafting) -> LocalSpeculator:
+    """Look-up starts with nothing in every run: the texts are the same in all."""
+    models = [bench.models[name] for name in drafting.sources if name not in LOOKUPS]
+    floor = SpeculatorSettings().min_confidence
+    lookups: list[DraftSource] = []
+    if PromptLookup.name in drafting.sources:
+        lookups.append(PromptLookup(floor))
+    if OutputLookup.name in drafting.sources:
+        lookups.append(OutputLookup(floor, INDEXED_TOKENS))
+    vocab_size = bench.llm.facts.vocab_size
+    service = DraftService(models, lookups, vocab_size, SpeculatorMetrics(CollectorRegistry()))
+    return LocalSpeculator(service, len(models), vocab_size)
 
 
 def _sink(outputs: Outputs, index: int) -> Sink:

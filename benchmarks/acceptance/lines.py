@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from services.speculator.lookup import OutputLookup, PromptLookup
 from speculation.acceptance import AcceptanceRule
 
 DEPTH = 8
@@ -19,7 +20,8 @@ MODE_TITLES = {
     AcceptanceRule.NAIVE: "stochastic, naive sampling",
 }
 
-BOOSTED, INDEPENDENT = "boosted", "independent"
+BOOSTED, INDEPENDENT, WITH_LOOKUP = "boosted", "independent", "with-lookup"
+LOOKUPS = (PromptLookup.name, OutputLookup.name)
 
 
 def static_widths(width: int) -> tuple[int, ...]:
@@ -68,4 +70,5 @@ def draft_lines(sets: Mapping[str, Sequence[str]]) -> tuple[Line, ...]:
         lines.append(Line(BOOSTED, f"{len(boosted)} boosted SSMs merged", boosted))
     if len(independent) > 1:
         lines.append(Line(INDEPENDENT, f"{len(independent)} independent SSMs merged", independent))
+    lines.append(Line(WITH_LOOKUP, f"{len(boosted)} boosted SSMs and look-up merged", (*LOOKUPS, *boosted)))
     return tuple(lines)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from benchmarks.acceptance.bench import Bench, Source
+from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.decoding import sampling
 from benchmarks.acceptance.lines import WIDTHS
 from benchmarks.acceptance.runners import Tokens
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence
-from services.speculator.drafter import DraftOrder
+from services.speculator.drafter import Drafter, DraftOrder
 from speculation.acceptance import AcceptanceRule
 from speculation.logits import LogitsPipeline
 from speculation.merge import merge_trees
@@ -71,7 +71,7 @@ def measure_success(
     Under MSS what is added up is the probability that one of the draws is accepted, given the draws.
     """
     names = [name for row in rows for name in row.sources]
-    sources = {name: bench.sources[name] for name in names}
+    sources = {name: bench.models[name] for name in names}
     distributions = _llm_distributions(bench, prompts, texts) if rule is AcceptanceRule.MSS else []
     tally = Tally(len(prompts))
     _open(sources.values(), rule, prompts, seed)
@@ -116,12 +116,12 @@ def acceptance_of_draws(p: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor
     return torch.stack(accepted, 1)
 
 
-def _draft(source: Source, orders: Sequence[DraftOrder]) -> list[TokenTree]:
+def _draft(source: Drafter, orders: Sequence[DraftOrder]) -> list[TokenTree]:
     trees = source.draft(orders)
     return [trees[order.key] for order in orders]
 
 
-def _open(sources: Iterable[Source], rule: AcceptanceRule, prompts: Sequence[Tokens], seed: int) -> None:
+def _open(sources: Iterable[Drafter], rule: AcceptanceRule, prompts: Sequence[Tokens], seed: int) -> None:
     for source in sources:
         for index, prompt in enumerate(prompts):
             source.open((STREAM, index), prompt, len(prompt), sampling(rule, seed, index))

@@ -15,8 +15,8 @@ from benchmarks.acceptance.decoding import Decoded, Drafting, decode
 from benchmarks.acceptance.lines import MODES, WIDTHS, Line, draft_lines, tree_nodes
 from benchmarks.acceptance.runners import KnownTexts, Tokens, VisitedNodes
 from benchmarks.acceptance.success import SuccessRow, measure_success, success_rows
-from benchmarks.prompts import BadPrompts
 from services.common.model_facts import ModelFacts
+from services.common.prompt_files import BadPrompts
 from services.verifier.runner import Runner
 from speculation.acceptance import AcceptanceRule
 

@@ -22,7 +22,7 @@ from benchmarks.acceptance.results import Conditions, Results
 from benchmarks.acceptance.runners import KnownTexts, VisitedNodes
 from benchmarks.acceptance.success import acceptance_of_draws, deal
 from benchmarks.acceptance.tasks import WalkKey, Workers
-from benchmarks.prompts import read_prompts
+from services.common.prompt_files import read_prompts
 from services.verifier.runner import Runner
 from speculation.acceptance import AcceptanceRule, accept
 from speculation.merge import MergedDraft

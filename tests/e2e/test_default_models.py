@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from benchmarks.prompts import DEFAULT_PROMPTS, read_prompts
+from benchmarks.configurations import MIXED_PROMPTS
+from services.common.prompt_files import read_prompts
 from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSMS
 from tests.services.harness import Verifier, services
 from tests.tiny_models import hugging_face_texts, write_relative
@@ -26,7 +27,7 @@ Text = tuple[list[int], list[int]]
 def texts() -> list[Text]:
     """Prompts and Hugging Face's greedy continuations of them."""
     tokenizer = Tokenizer.from_file(str(LLM / "tokenizer.json"))
-    prompts = [tokenizer.encode(prompt).ids for prompt in read_prompts(DEFAULT_PROMPTS)[:PROMPTS]]
+    prompts = [tokenizer.encode(prompt).ids for prompt in read_prompts(MIXED_PROMPTS)[:PROMPTS]]
     return list(zip(prompts, hugging_face_texts(LLM, prompts, NEW_TOKENS), strict=True))
 
 
