@@ -70,5 +70,6 @@ def draft_lines(sets: Mapping[str, Sequence[str]]) -> tuple[Line, ...]:
         lines.append(Line(BOOSTED, f"{len(boosted)} boosted SSMs merged", boosted))
     if len(independent) > 1:
         lines.append(Line(INDEPENDENT, f"{len(independent)} independent SSMs merged", independent))
-    lines.append(Line(WITH_LOOKUP, f"{len(boosted)} boosted SSMs and look-up merged", (*LOOKUPS, *boosted)))
+    drafts = "SSM 1" if len(boosted) == 1 else f"{len(boosted)} boosted SSMs"
+    lines.append(Line(WITH_LOOKUP, f"{drafts} and look-up merged", (*LOOKUPS, *boosted)))
     return tuple(lines)
