@@ -45,7 +45,7 @@ PLAIN = Configuration("plain", "SpecServe, plain decoding", "specserve", drafts=
 BEST_FIRST = Configuration("tree", "SpecServe, tree speculation, best-first", "specserve", drafts=True)
 LOOKUP = Configuration(
     "lookup",
-    "SpecServe, the same with prompt look-up",
+    "SpecServe, best-first and prompt look-up (the default)",
     "specserve",
     drafts=True,
     speculator={"suffix_index_tokens": 0},

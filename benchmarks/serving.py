@@ -45,7 +45,7 @@ from services.common.model_files import ModelFilesError, resolve_model
 from services.common.prompt_files import BadPrompts, read_prompts
 from services.common.settings import SettingsError
 from services.launcher.redis_server import NoRedisServer
-from services.launcher.settings import UpSettings
+from services.launcher.settings import UpSettings, embedded_ssms
 from services.launcher.supervisor import ServiceFailed
 
 RESULTS = Path(__file__).parent / "results"
@@ -131,9 +131,7 @@ def main(
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = describe_machine(threads)
     try:
-        task = Task(
-            llm, tuple(ssm or UpSettings(llm=llm).drafting), read_prompts(prompts), new_tokens, rounds, device, threads
-        )
+        task = Task(llm, tuple(ssm or embedded_ssms(llm)), read_prompts(prompts), new_tokens, rounds, device, threads)
         for model in (task.llm, *task.ssms):
             resolve_model(model)
         merged = merged_trees(len(task.ssms)) if len(task.ssms) > 1 else []

@@ -26,11 +26,7 @@ def write_card(
     learnt: continuations that it learnt from. coverage: of the set up to this model.
     """
     own, large = parameters
-    how = (
-        f"Model {round_of[0]} of a boosted set of {round_of[1]}: it learnt what the models before it do not cover."
-        if round_of
-        else "Tuned on all of the LLM's continuations, without boosting."
-    )
+    how = _how(round_of)
     columns = "".join(f" k = {k} |" for k in range(1, len(figures.greedy) + 1))
     raw, calibrated = figures.raw_greedy.error, figures.greedy_reliability.error
     scales = figures.calibration
@@ -71,3 +67,11 @@ token is right, on held-out text that the fit has not seen:
 
 def _cells(shares: list[float]) -> str:
     return "".join(f" {share:.1%} |" for share in shares)
+
+
+def _how(round_of: tuple[int, int] | None) -> str:
+    if round_of is None:
+        return "Tuned on all of the LLM's continuations, without boosting."
+    number, count = round_of
+    learnt = "everything" if number == 1 else "what the models before it do not cover"
+    return f"Model {number} of a boosted set of {count}: it learnt {learnt}."

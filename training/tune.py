@@ -1,6 +1,6 @@
 """`specserve tune`: boost-tune small speculative models (SSMs) on the outputs of an LLM (SpecInfer, section 3).
 
-specserve tune --llm my-llm --ssm-size 2x192 --ssm-size 2x192 --prompts prompts.jsonl --out tuned
+specserve tune --llm my-llm --ssm-size 2x192 --ssm previous --prompts prompts.jsonl --out tuned
 torchrun --nproc-per-node 4 -m training.tune --llm my-llm ...     # on four GPUs, or four processes of a CPU
 """
 
@@ -21,12 +21,15 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder that gets one model folder for each SSM: ssm-1, ssm-2, ...")],
     ssm: Annotated[
         list[str] | None,
-        typer.Option(help="Small model to start from, with the LLM's tokenizer: a folder or a hub id. Repeatable."),
+        typer.Option(
+            help="Small model to start from, with the LLM's tokenizer: a folder or a hub id; 'previous' goes on from the "
+            "SSM that was tuned before it. Repeatable."
+        ),
     ] = None,
     ssm_size: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LAYERSxWIDTH", help="Start a new Llama instead, such as 2x192. Repeatable; after those of --ssm."
+            metavar="LAYERSxWIDTH", help="Start a new Llama instead, such as 2x192. Repeatable; before those of --ssm."
         ),
     ] = None,
     boost: Annotated[
@@ -68,7 +71,7 @@ def tune(
 
     console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     try:
-        starts = [SsmStart.from_model(name) for name in ssm or []] + [SsmStart.parse(size) for size in ssm_size or []]
+        starts = [SsmStart.parse(size) for size in ssm_size or []] + [SsmStart.from_model(name) for name in ssm or []]
         settings = TuneSettings(
             llm=llm,
             ssms=tuple(starts),

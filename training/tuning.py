@@ -96,9 +96,15 @@ class _Tuned:
         self._llm = llm
         self._group = group
         torch.manual_seed(settings.seed + number)
-        self._model = _new_model(start, config) if not start.model else _load(start.model)
+        self._model = self._starting_model(config)
         self._model.to(group.device)  # type: ignore[arg-type]  # transformers wraps `to` without its overloads
         self._learnt = 0
+
+    def _starting_model(self, config: ModelConfig) -> PreTrainedModel:
+        start = self._start
+        if start.previous:
+            return _load(str(self._settings.out / f"ssm-{self._number - 1}"))
+        return _load(start.model) if start.model else _new_model(start, config)
 
     def train(self, learnt: Sequence[Continuation], flags: Sequence[Flags], held_out: Sequence[Continuation]) -> None:
         """Distil on the flagged positions of the continuations, then write the model's folder."""
@@ -143,7 +149,7 @@ class _Tuned:
         write_card(
             self.folder,
             llm=Path(self._settings.llm).name,
-            start=str(self._start) if not self._start.model else Path(self._start.model).name,
+            start=_told(self._start, self._number),
             parameters=(ssm.parameters, llm.parameters),
             round_of=(self._number, len(self._settings.ssms)) if self._settings.boost else None,
             learnt=self._learnt,
@@ -156,6 +162,13 @@ class _Tuned:
     def _agreement(self, held_out: Sequence[Continuation]) -> float:
         hits = first_choice_hits(self._model, held_out, self._settings.batch)
         return float(sum(own.sum() for own in hits) / sum(len(own) for own in hits))
+
+
+def _told(start: SsmStart, number: int) -> str:
+    """The start as the card tells it, without folders of this machine."""
+    if start.previous:
+        return f"ssm-{number - 1}"
+    return Path(start.model).name if start.model else f"nothing, with {start.layers} layers of width {start.width}"
 
 
 def _percent(shares: Sequence[float]) -> str:

@@ -18,6 +18,8 @@ from services.common.prompt_files import read_prompts
 from training.continuations import Job
 from training.files import write_json
 
+PREVIOUS = "previous"
+
 
 class CannotTune(Exception):
     """Something that the user can put right; the message is one line."""
@@ -25,15 +27,16 @@ class CannotTune(Exception):
 
 @dataclass(frozen=True)
 class SsmStart:
-    """Where a small model starts: from a trained one, or new, with `layers` of `width`."""
+    """Where a small model starts: from a trained one, new with `layers` of `width`, or as the one tuned before it."""
 
     model: str = ""
     layers: int = 0
     width: int = 0
+    previous: bool = False
 
     @classmethod
     def from_model(cls, name: str) -> SsmStart:
-        return cls(model=name)
+        return cls(previous=True) if name == PREVIOUS else cls(model=name)
 
     @classmethod
     def parse(cls, size: str) -> SsmStart:
@@ -44,7 +47,7 @@ class SsmStart:
         return cls(layers=layers, width=width)
 
     def __str__(self) -> str:
-        return self.model or f"{self.layers}x{self.width}"
+        return PREVIOUS if self.previous else self.model or f"{self.layers}x{self.width}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def check_starts(settings: TuneSettings, llm: Path, config: ModelConfig) -> list
     """The starts with hub ids resolved; CannotTune when there is none or one has other tokens than the LLM."""
     if not settings.ssms:
         raise CannotTune("no SSM to tune; give --ssm FOLDER or --ssm-size LAYERSxWIDTH, once for each")
+    if settings.ssms[0].previous:
+        raise CannotTune(f"--ssm {PREVIOUS}: there is none before the first SSM; give it a folder or a --ssm-size")
     expected = tokenizer_hash(llm)
     resolved = [SsmStart(str(resolve_model(start.model))) if start.model else start for start in settings.ssms]
     for model in (Path(start.model) for start in resolved if start.model):

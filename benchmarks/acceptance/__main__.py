@@ -31,7 +31,7 @@ from services.common.lifecycle import StartupError
 from services.common.model_facts import ModelFacts, ModelMismatch
 from services.common.model_files import ModelFilesError, resolve_model
 from services.common.prompt_files import BadPrompts, read_prompts
-from services.launcher.settings import UpSettings
+from services.launcher.settings import UpSettings, embedded_ssms
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -146,7 +146,7 @@ def main(
     processes = processes or (cores if device == "cpu" else 1)
     setup = Setup(
         llm=llm,
-        boosted=tuple(ssm or UpSettings(llm=llm).drafting),
+        boosted=tuple(ssm or embedded_ssms(llm)),
         independent=tuple(independent or ()),
         new_tokens=new_tokens,
         seed=seed,

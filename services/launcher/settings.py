@@ -13,6 +13,11 @@ EMBEDDED_LLM = str(MODELS / "default-llm")
 EMBEDDED_SSMS = (str(MODELS / "default-ssm-1"), str(MODELS / "default-ssm-2"))
 
 
+def embedded_ssms(llm: str) -> tuple[str, ...]:
+    """The small models that come with a large one, in the order in which they were tuned."""
+    return EMBEDDED_SSMS if llm == EMBEDDED_LLM else ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpSettings:
     """Starts Redis, speculator, verifier and gateway here, until Ctrl-C.
@@ -22,8 +27,9 @@ class UpSettings:
 
     llm: str = setting("Large model: a folder or a hub id.", default=EMBEDDED_LLM)
     ssm: tuple[str, ...] = setting(
-        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has two of its own; any "
-        "other without one has its drafts looked up in the prompt and in earlier outputs.",
+        "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has two, of "
+        "which the first drafts: on a CPU a second one costs more than it brings. Another LLM without one has its drafts "
+        "looked up in the prompt and in earlier outputs.",
         default=(),
     )
     speculator: bool = setting(
@@ -51,13 +57,13 @@ class UpSettings:
 
     @property
     def drafting(self) -> tuple[str, ...]:
-        """The small models that draft: those given, else the embedded ones where they fit, else none.
+        """The small models that draft: those given, else the first embedded one where it fits, else none.
 
         With none, a speculator drafts by look-up.
         """
         if not self.speculator:
             return ()
-        return self.ssm or (EMBEDDED_SSMS if self.llm == EMBEDDED_LLM else ())
+        return self.ssm or embedded_ssms(self.llm)[:1]
 
     @property
     def speculators(self) -> tuple[tuple[str, ...], ...]:

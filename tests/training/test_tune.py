@@ -73,7 +73,7 @@ def weights(room: Path, out: str) -> list[bytes]:
 @pytest.fixture(scope="module")
 def whole(room: Path) -> subprocess.CompletedProcess[str]:
     """A run of two models that nobody disturbs."""
-    done = run(command(room, "whole", "--ssm", room / "relative", "--ssm-size", "1x32"))
+    done = run(command(room, "whole", "--ssm", room / "relative", "--ssm", "previous"))
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_to_the_same_models(
     moment: str, room: Path, whole: subprocess.CompletedProcess[str]
 ) -> None:
     out = f"killed-{Path(moment).name}"
-    arguments = command(room, out, "--ssm", room / "relative", "--ssm-size", "1x32")
+    arguments = command(room, out, "--ssm", room / "relative", "--ssm", "previous")
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     deadline = time.monotonic() + TIMEOUT_S
     while not (room / out / moment).exists():
@@ -158,6 +158,7 @@ def test_bad_lines_are_named(room: Path) -> None:
     [
         (["--ssm", "foreign"], "use one with the LLM's tokenizer"),
         (["--ssm-size", "two"], "give LAYERSxWIDTH, the width a multiple of 16, such as 2x192"),
+        (["--ssm", "previous"], "there is none before the first SSM"),
         ([], "no SSM to tune; give --ssm FOLDER or --ssm-size LAYERSxWIDTH"),
         (["--ssm", "missing-folder/x/y"], "no such folder"),
         (["--ssm-size", "1x32", "--new-tokens", "256"], "the LLM's context is 256 tokens"),
@@ -172,7 +173,7 @@ def test_what_cannot_be_tuned_is_one_line(arguments: list[str], message: str, ro
 
 
 def test_other_settings_need_another_folder(room: Path, whole: subprocess.CompletedProcess[str]) -> None:
-    done = run(command(room, "whole", "--ssm", room / "relative", "--ssm-size", "1x32", "--learning-rate", "0.1"))
+    done = run(command(room, "whole", "--ssm", room / "relative", "--ssm", "previous", "--learning-rate", "0.1"))
     assert done.returncode == 2
     assert "was begun with learning_rate = 0.0003, now it is 0.1" in done.stderr
 
@@ -181,7 +182,7 @@ def test_a_full_disk_is_told_and_survived(room: Path, whole: subprocess.Complete
     def no_large_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    arguments = command(room, "full", "--ssm", room / "relative", "--ssm-size", "1x32")
+    arguments = command(room, "full", "--ssm", room / "relative", "--ssm", "previous")
     failed = run(arguments, no_large_files)
     assert failed.returncode == 1
     assert "cannot be written: File too large; make room, then repeat the command" in failed.stderr

@@ -56,7 +56,7 @@ def test_the_services_are_told_of_each_other(settings: UpSettings) -> None:
 
 
 def test_the_embedded_small_model_drafts_for_the_embedded_large_one_alone() -> None:
-    assert UpSettings().drafting == EMBEDDED_SSMS
+    assert UpSettings().drafting == EMBEDDED_SSMS[:1]
     assert UpSettings(speculator=False).drafting == ()
     assert UpSettings(llm="other").drafting == ()
     assert UpSettings(llm="other", ssm=("small",)).drafting == ("small",)
