@@ -22,8 +22,8 @@ def tune(
     ssm: Annotated[
         list[str] | None,
         typer.Option(
-            help="Small model to start from, with the LLM's tokenizer: a folder or a hub id; 'previous' goes on from the "
-            "SSM that was tuned before it. Repeatable."
+            help="Small model to start from, with the LLM's tokenizer: a folder or a hub id; 'previous' goes on from "
+            "the SSM that was tuned before it. Repeatable."
         ),
     ] = None,
     ssm_size: Annotated[
