@@ -28,8 +28,8 @@ class UpSettings:
     llm: str = setting("Large model: a folder or a hub id.", default=EMBEDDED_LLM)
     ssm: tuple[str, ...] = setting(
         "Small model that drafts for it: a folder or a hub id; repeatable. The embedded LLM has two, and only the "
-        "first drafts: on a CPU the other costs more than it brings. Another LLM without one has its drafts looked up in "
-        "the prompt and in earlier outputs.",
+        "first drafts: on a CPU the other costs more than it brings. Another LLM without one has its drafts looked "
+        "up in the prompt and in earlier outputs.",
         default=(),
     )
     speculator: bool = setting(
