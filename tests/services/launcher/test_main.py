@@ -40,12 +40,14 @@ def started(*flags: str) -> Iterator[Running]:
         [*SPECSERVE, "up", *flags, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    banner = "".join(iter(process.stdout.readline, "  print(answer.choices[0].text)\n"))
-    match = re.search(r"SpecServe is ready: (http://\S+)/v1  \(model tiny-llm;", banner)
-    assert match is not None, process.communicate(timeout=TIMEOUT_S)
-    yield process, match[1]
-    process.kill()
-    process.communicate(timeout=TIMEOUT_S)
+    try:
+        banner = "".join(iter(process.stdout.readline, "  print(answer.choices[0].text)\n"))
+        match = re.search(r"SpecServe is ready: (http://\S+)/v1  \(model tiny-llm;", banner)
+        assert match is not None, process.communicate(timeout=TIMEOUT_S)
+        yield process, match[1]
+    finally:
+        process.kill()  # its watchdog ends the services
+        process.communicate(timeout=TIMEOUT_S)
 
 
 @pytest.fixture
