@@ -35,6 +35,7 @@ class GenerationRequest:
 
     model: the model that it is for; another one must not go on with it.
     top_logprobs: None for no report; else how many of the most likely tokens to report besides the chosen one.
+    speculative: whether drafts may be made for it; changes its speed, never its tokens.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    speculative: bool = True
 
 
 @dataclass(frozen=True, slots=True)

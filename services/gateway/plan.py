@@ -85,6 +85,7 @@ async def plan_completion(
                     stop_token_ids=facts.eos_token_ids,
                     top_logprobs=request.logprobs,
                     prompt_logprobs=request.echo and request.logprobs is not None,
+                    speculative=request.speculative,
                 )
             )
     return CompletionPlan(request_id, request, facts, prompts, tuple(sequences))

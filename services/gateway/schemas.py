@@ -108,6 +108,7 @@ class CompletionRequest(_Object):
     stream_options: StreamOptions | None = Field(None, description="an object, only together with stream: true")
     echo: bool = Field(False, description="true or false")
     logprobs: int | None = Field(None, ge=0, le=5, description="an integer in 0..5")
+    speculative: bool = Field(True, description="true or false: whether drafts may be made; the text is the same")
     suffix: None = Field(None, description="absent: insertion before a suffix is not supported")
     user: str | None = Field(None, description="a string")
 

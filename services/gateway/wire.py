@@ -92,6 +92,7 @@ class VerifierClient:
             stop_token_ids=request.stop_token_ids,
             top_logprobs=request.top_logprobs,
             prompt_logprobs=request.prompt_logprobs,
+            speculative=request.speculative,
         )
         return GenerateStream(self._stub.Generate(message, timeout=timeout_s))
 

@@ -33,6 +33,7 @@ class GenerationRequest:
     generated: tokens that an earlier attempt produced already; they count towards max_new_tokens.
     stop_token_ids: generation ends after any of these.
     top_logprobs: None for no log-probabilities, else how many most likely tokens to report at each position.
+    speculative: whether drafts may be made for it.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class GenerationRequest:
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     prompt_logprobs: bool = False
+    speculative: bool = True
 
     def check(self, vocab_size: int, context_length: int) -> None:
         """Raise InvalidRequest when a model of this vocabulary and context can never run it."""

@@ -112,7 +112,7 @@ class Scheduler:
         # A tree of depth d gives at most d + 1 tokens, and its deepest node stands at position len(tokens) - 1 + d.
         depth = min(self.settings.draft_depth, sequence.remaining - 1, self.context_length - len(sequence.tokens))
         nodes = min(self.settings.draft_nodes, self._draft_share(), rows - 1)
-        if depth <= 0 or nodes <= 0:
+        if depth <= 0 or nodes <= 0 or not sequence.request.speculative:
             return SequencePlan(sequence, chunk_end, True, 0, 0)
         return SequencePlan(sequence, chunk_end, True, nodes, depth)
 

@@ -40,6 +40,7 @@ def generation_request(message: verifier_pb2.GenerateRequest) -> GenerationReque
         stop_token_ids=frozenset(message.stop_token_ids),
         top_logprobs=message.top_logprobs if message.HasField("top_logprobs") else None,
         prompt_logprobs=message.prompt_logprobs,
+        speculative=message.speculative if message.HasField("speculative") else True,
     )
 
 

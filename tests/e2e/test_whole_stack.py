@@ -100,6 +100,21 @@ def test_a_seed_fixes_the_text(stack: Stack) -> None:
     assert len({*sample(1), *sample(2)}) == 6
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 3}])
+def test_a_request_without_speculation_gets_the_same_text(sampling: dict[str, int], stack: Stack) -> None:
+    texts, steps = [], []
+    for speculative in (True, False):
+        answer = stack.client.completions.create(
+            model="default-llm", prompt=PROMPT, max_tokens=60, extra_body={"speculative": speculative, **sampling}
+        )
+        assert answer.usage is not None
+        assert answer.usage.model_extra is not None
+        texts.append(answer.choices[0].text)
+        steps.append(answer.usage.model_extra["llm_steps"])
+    assert texts[0] == texts[1]
+    assert steps[0] < steps[1] == 60
+
+
 def test_a_bad_request_is_named(stack: Stack) -> None:
     with pytest.raises(openai.BadRequestError, match="max_tokens") as caught:
         stack.client.completions.create(model="default-llm", prompt=PROMPT, max_tokens=100_000)

@@ -121,7 +121,7 @@ def test_parameters_reach_the_verifier(gateway: RunningGateway) -> None:
         seed=-1,
         user="someone",
         best_of=1,
-        extra_body={"top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5},
+        extra_body={"top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5, "speculative": False},
     )
     [request] = gateway.script.requests
     sampling = request.sampling
@@ -129,6 +129,7 @@ def test_parameters_reach_the_verifier(gateway: RunningGateway) -> None:
     numbers = (sampling.temperature, sampling.top_p, sampling.presence_penalty, sampling.frequency_penalty)
     assert numbers == (0.5, 0.25, 1, -1)
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (3, 0.125, 1.5)
+    assert not request.speculative
     assert sampling.seed == 2**64 - 1
     assert (request.max_new_tokens, list(request.stop_token_ids)) == (7, [0])
 

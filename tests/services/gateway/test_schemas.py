@@ -90,6 +90,7 @@ def test_a_body_that_is_no_object(post: Callable[..., httpx.Response], body: obj
         ("top_p", 1.1, "0..1"),
         ("top_k", -1, "at least 0"),
         ("min_p", 2, "0..1"),
+        ("speculative", "no", "true or false"),
         ("repetition_penalty", 0, "0.01..100"),
         ("presence_penalty", 3, "-2..2"),
         ("frequency_penalty", -3, "-2..2"),

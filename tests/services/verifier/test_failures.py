@@ -97,6 +97,16 @@ def test_a_cancelled_call_frees_its_kv_and_its_draft_session(llm: Path, ssms: li
         assert verifier.metric("kv_free_blocks") >= free
 
 
+def test_a_speculator_never_hears_of_a_request_without_speculation(llm: Path, running: Services) -> None:
+    recorder = Recorder()
+    with scripted_speculator(llm, recorder) as address:
+        verifier = running.verifier(llm, address)
+        verifier.generate([1, 2, 3], 12, speculative=False)
+        assert (recorder.opened, recorder.closed) == ([], [])
+        verifier.generate([1, 2, 3], 12, speculative=True)
+        _wait(lambda: recorder.closed == recorder.opened == [2])
+
+
 def test_everything_cancelled_between_two_steps_fails_nobody(llm: Path, running: Services) -> None:
     verifier = running.verifier(llm, max_sequences=2)
     expected = hugging_face_greedy(llm, PROMPT, 5)

@@ -56,6 +56,23 @@ def test_a_seed_gives_the_same_text_with_any_draft_or_none(
     assert len({tuple(text) for text in plain}) > len(PARAMETERS), "different seeds give different texts"
 
 
+@pytest.mark.parametrize("rule", [AcceptanceRule.SHARED_NOISE, AcceptanceRule.NAIVE])
+def test_a_request_without_speculation_gets_the_same_text_and_no_draft(
+    rule: AcceptanceRule, llm: Path, ssms: list[Path], running: Services
+) -> None:
+    verifier = running.verifier(llm, running.speculator(ssms[0]), acceptance=rule)
+    for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 4}, {"temperature": 0.7, "seed": 5}):
+        drafted = verifier.generate(PROMPT, 30, sampling=sampling)
+        drafts = verifier.metric("drafts_total")
+        with ThreadPoolExecutor(2) as pool:  # beside a sequence that drafts
+            beside = pool.submit(verifier.generate, PROMPT, 60)
+            plain = verifier.generate(PROMPT, 30, sampling=sampling, speculative=False)
+            assert len(beside.result(60).token_ids) == 60
+        assert plain.token_ids == drafted.token_ids
+        assert plain.llm_steps == 30 > drafted.llm_steps
+        assert verifier.metric("drafts_total") > drafts, "the other one drafted"
+
+
 def test_shared_noise_drafts_hit_more_often_than_naive_ones(llm: Path, ssms: list[Path], running: Services) -> None:
     hits = {}
     for rule in (AcceptanceRule.SHARED_NOISE, AcceptanceRule.NAIVE):
