@@ -2,15 +2,25 @@
 # Triton has no type hints, and the parameters of a kernel are not Python values.
 """Tree attention on the GPU, in Triton.
 
-A program takes a tile of consecutive rows and one key head, with all query heads that share it, and walks over the keys
-of the tile's sequences with an online softmax (FlashAttention-2, Dao, 2023). Where that gives too few programs, the
-keys are split among several whose partial results a second kernel joins (Flash-Decoding). The choice follows from
-shapes alone: nothing is read back from the device, so that the launch can be captured in a graph.
+A program takes a tile of consecutive rows and one key head, with all query heads that share it packed into the tile's
+lines, and walks over one split of the keys with an online softmax (FlashAttention-2, Dao, 2023); a second kernel joins
+the splits (Flash-Decoding). So the prefix that the nodes of a tree share is read once for all nodes of a tile. A tree of
+more lines than a tile, or one that straddles two tiles, has it read again; those programs stand beside each other in the
+grid and find it in the L2 cache.
+
+Batch invariance. Logical entry e belongs to split e // split_keys, and within it to tile e // tile_keys; both lengths
+follow from the model's shape (`choose_tiling`). Splits are joined in ascending order, with the shares of the row's own
+maximum, and an entry that a row does not see changes none of its sums. So the order of a row's sums is a function of
+what the row sees alone. The height of a tile does follow the batch; what a tensor core adds up inside one instruction
+may differ between the instructions that the compiler picks for tiles of different heights.
+
+The launch follows from shapes alone: nothing is read back from the device, so that it can be captured in a graph.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -20,25 +30,39 @@ from kernels.blocks import check_visibility
 
 # tl.dot wants at least this many rows, columns and summands.
 MIN_DOT = 16
-MAX_TILE = 64
-MAX_SPLITS = 16
-# Tiles of keys below which another split does not pay.
-MIN_TILES_IN_SPLIT = 4
+MAX_LINES = 128
+# From this many lines on a tile is computed by eight warps.
+WIDE_TILE = 128
+MAX_TILE_KEYS = 64
 # Bytes of a tile of keys, and half the bytes of a tile of queries. With two stages of loads ahead, they fit the shared
 # memory of every GPU since Ampere (99 KiB).
 TILE_BYTES = 16384
+# Keys of a split: 64 for each key head, so that a context of 16k keys gives a few hundred programs for any model, within
+# bounds: a split costs a write and a read of float32 partial results, and one program's pipeline needs a few tiles to fill.
+SPLIT_KEYS_PER_HEAD, MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 64, 256, 1024
 COMPILER_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _visible(entry, prefix, masks, row, row_ok, WORDS: tl.constexpr):
-    """bool [M, K]: which of the logical entries [K] the rows [M] see."""
-    offset = entry[None, :] - prefix[:, None]
-    in_tree = (offset >= 0) & (offset < 64 * WORDS) & row_ok[:, None]
-    offset = tl.where(in_tree, offset, 0)
-    word = tl.load(masks + row[:, None].to(tl.int64) * WORDS + offset // 64, mask=in_tree, other=0)
-    bit = (word >> (offset % 64).to(tl.int64)) & 1
-    return (entry[None, :] < prefix[:, None]) | (in_tree & (bit == 1))
+def _mask_word(masks, row, word, ok, WORDS: tl.constexpr):
+    """uint64 [M]: a word of each row's mask, 0 outside of it."""
+    inside = ok & (word >= 0) & (word < WORDS)
+    return tl.load(masks + row.to(tl.int64) * WORDS + word, mask=inside, other=0).to(tl.uint64, bitcast=True)
+
+
+@triton.jit
+def _visible(tile, prefix, masks, row, row_ok, WORDS: tl.constexpr, TILE_KEYS: tl.constexpr):
+    """bool [M, TILE_KEYS]: which of the logical entries tile, tile + 1, .. the rows [M] see; TILE_KEYS is at most 64."""
+    # Entry tile + k is bit offset + k of the mask: in one of two words, which shifted into place give bit k of `window`.
+    offset = tile - prefix
+    word = offset >> 6
+    shift = (offset & 63).to(tl.uint64)
+    low = _mask_word(masks, row, word, row_ok, WORDS) >> shift
+    high = tl.where(shift == 0, 0, _mask_word(masks, row, word + 1, row_ok, WORDS) << ((64 - shift) & 63))
+    window = low | high
+    k = tl.arange(0, TILE_KEYS)
+    in_prefix = k[None, :] < (prefix - tile)[:, None]
+    return in_prefix | (((window[:, None] >> k[None, :].to(tl.uint64)) & 1) == 1)
 
 
 @triton.jit
@@ -52,6 +76,46 @@ def _end_of_keys(prefix, masks, row, row_ok, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _absorb_tile(
+    q,
+    keys,
+    values,
+    table,  # the sequence's row of block_tables
+    entry,
+    seen,  # bool [K]: entries that any line sees; the others are not read: they may hold NaN, their blocks need not exist
+    visible,  # bool [M, K], or [M, 1] where a line sees all of the tile or nothing
+    scale,
+    maximum,
+    total,
+    accumulator,
+    kv_head,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    """One step of the online softmax over a tile of keys."""
+    dim = tl.arange(0, DIM_PADDED)
+    block = tl.load(table + entry // BLOCK_SIZE, mask=seen, other=0)
+    slot = block.to(tl.int64) * BLOCK_SIZE + entry % BLOCK_SIZE
+    place = (slot[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
+    place_ok = seen[:, None] & (dim[None, :] < HEAD_DIM)
+    k = tl.load(keys + place, mask=place_ok, other=0.0).to(q.dtype)
+    v = tl.load(values + place, mask=place_ok, other=0.0).to(q.dtype)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(scores, axis=1))
+    # A line that has seen nothing yet: any finite reference gives e^-inf = 0.
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(scores - reference[:, None])
+    decay = tl.exp(maximum - reference)
+    total = total * decay + tl.sum(weights, axis=1)
+    accumulator = accumulator * decay[:, None]
+    accumulator += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+    return highest, total, accumulator
+
+
+@triton.jit
 def _tree_attention_kernel(
     query,  # [rows, KV_HEADS * GROUP, HEAD_DIM]
     keys,  # [slots, KV_HEADS, HEAD_DIM]
@@ -60,8 +124,8 @@ def _tree_attention_kernel(
     row_sequences,
     prefix_lengths,
     masks,  # [rows, WORDS]
-    out,  # like query, or float32 [SPLITS, rows, heads, HEAD_DIM], not yet divided by the sums
-    maxima,  # float32 [SPLITS, rows, heads], with several splits
+    out,  # like query, or float32 [splits, rows, heads, HEAD_DIM], not yet divided by the sums
+    maxima,  # float32 [splits, rows, heads], with several splits
     sums,
     rows,
     max_blocks,
@@ -76,27 +140,32 @@ def _tree_attention_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_M: tl.constexpr,  # TILE_ROWS * GROUP_PADDED, at least MIN_DOT
     TILE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,  # a multiple of TILE_KEYS
+    JOINED: tl.constexpr,  # whether there are several splits, which _join_splits_kernel joins
 ):
     first = tl.program_id(0) * TILE_ROWS
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     last = tl.minimum(first + TILE_ROWS, rows)
+    capacity = max_blocks * BLOCK_SIZE
 
     # Line m of the tile is query head kv_head * GROUP + m % GROUP_PADDED of row first + m // GROUP_PADDED.
     m = tl.arange(0, TILE_M)
     row = first + m // GROUP_PADDED
     row_ok = row < last
+    row_sequence = tl.load(row_sequences + row, mask=row_ok, other=-1)
+    row_prefix = tl.load(prefix_lengths + row, mask=row_ok, other=0)
+    # The joining kernel reads of a row the splits that hold entries before its end, and no others.
+    if JOINED & (split * SPLIT_KEYS >= _end_of_keys(row_prefix, masks, row, row_ok, WORDS)):
+        return
+
     head = kv_head * GROUP + m % GROUP_PADDED
     line_ok = row_ok & (m % GROUP_PADDED < GROUP)
     dim = tl.arange(0, DIM_PADDED)
     line = row.to(tl.int64) * (KV_HEADS * GROUP) + head
     place = line[:, None] * HEAD_DIM + dim[None, :]
     place_ok = line_ok[:, None] & (dim[None, :] < HEAD_DIM)
-
     q = tl.load(query + place, mask=place_ok, other=0.0)
-    row_sequence = tl.load(row_sequences + row, mask=row_ok, other=-1)
-    row_prefix = tl.load(prefix_lengths + row, mask=row_ok, other=0)
     maximum = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     accumulator = tl.zeros([TILE_M, DIM_PADDED], tl.float32)
@@ -106,103 +175,114 @@ def _tree_attention_kernel(
     while current < last:
         sequence = tl.load(row_sequences + current)
         in_sequence = row_ok & (row_sequence == sequence)
+        table = block_tables + sequence.to(tl.int64) * max_blocks
         prefix = tl.where(in_sequence, row_prefix, 0)
-        end = tl.minimum(_end_of_keys(prefix, masks, row, in_sequence, WORDS), max_blocks * BLOCK_SIZE)
-        tiles = (end + TILE_KEYS - 1) // TILE_KEYS
-        tiles_in_split = (tiles + SPLITS - 1) // SPLITS
-        stop = tl.minimum(tiles, (split + 1) * tiles_in_split)
-        for tile in range(split * tiles_in_split, stop):
-            entry = tile * TILE_KEYS + tl.arange(0, TILE_KEYS)
-            visible = _visible(entry, prefix, masks, row, in_sequence, WORDS) & (entry[None, :] < end)
-            # Entries that no line sees are not read: they may hold NaN, and their blocks need not exist.
+        end = tl.minimum(_end_of_keys(prefix, masks, row, in_sequence, WORDS), capacity)
+        start = split * SPLIT_KEYS
+        stop = tl.minimum(end, start + SPLIT_KEYS)
+        # Whole tiles before the shortest prefix: every line of the sequence sees every entry, and no mask is read.
+        shared = tl.min(tl.where(in_sequence, row_prefix, capacity), axis=0) // TILE_KEYS * TILE_KEYS
+        shared = tl.maximum(start, tl.minimum(shared, stop // TILE_KEYS * TILE_KEYS))
+        for tile in range(start, shared, TILE_KEYS):
+            entry = tile + tl.arange(0, TILE_KEYS)
+            maximum, total, accumulator = _absorb_tile(
+                q, keys, values, table, entry, entry < end, in_sequence[:, None], scale, maximum, total, accumulator,
+                kv_head, BLOCK_SIZE, KV_HEADS, HEAD_DIM, DIM_PADDED,
+            )  # fmt: skip
+        for tile in range(shared, stop, TILE_KEYS):
+            entry = tile + tl.arange(0, TILE_KEYS)
+            visible = _visible(tile, prefix, masks, row, in_sequence, WORDS, TILE_KEYS) & (entry[None, :] < end)
             seen = tl.max(visible.to(tl.int32), axis=0) > 0
-            block = tl.load(block_tables + sequence.to(tl.int64) * max_blocks + entry // BLOCK_SIZE, mask=seen, other=0)
-            slot = block.to(tl.int64) * BLOCK_SIZE + entry % BLOCK_SIZE
-            kv_place = (slot[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
-            kv_ok = seen[:, None] & (dim[None, :] < HEAD_DIM)
-            k = tl.load(keys + kv_place, mask=kv_ok, other=0.0).to(q.dtype)
-            v = tl.load(values + kv_place, mask=kv_ok, other=0.0).to(q.dtype)
-
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(visible, scores, float("-inf"))
-            highest = tl.maximum(maximum, tl.max(scores, axis=1))
-            # A line that has seen nothing yet: any finite reference gives e^-inf = 0.
-            reference = tl.where(highest == float("-inf"), 0.0, highest)
-            weights = tl.exp(scores - reference[:, None])
-            decay = tl.exp(maximum - reference)
-            total = total * decay + tl.sum(weights, axis=1)
-            accumulator = accumulator * decay[:, None]
-            accumulator += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
-            maximum = highest
+            maximum, total, accumulator = _absorb_tile(
+                q, keys, values, table, entry, seen, visible, scale, maximum, total, accumulator,
+                kv_head, BLOCK_SIZE, KV_HEADS, HEAD_DIM, DIM_PADDED,
+            )  # fmt: skip
         current += tl.sum((tl.where(in_sequence, 1, 0) * (m % GROUP_PADDED == 0).to(tl.int32)), axis=0)
 
-    if SPLITS == 1:
-        accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(out + place, accumulator.to(out.dtype.element_ty), mask=place_ok)
-    else:
+    if JOINED:
         lines = split.to(tl.int64) * rows * (KV_HEADS * GROUP)
         tl.store(out + lines * HEAD_DIM + place, accumulator, mask=place_ok)
         tl.store(maxima + lines + line, maximum, mask=line_ok)
         tl.store(sums + lines + line, total, mask=line_ok)
+    else:
+        accumulator = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + place, accumulator.to(out.dtype.element_ty), mask=place_ok)
 
 
 @triton.jit
 def _join_splits_kernel(
-    partial,  # float32 [SPLITS, lines, HEAD_DIM]
-    maxima,  # float32 [SPLITS, lines]
+    partial,  # float32 [splits, rows, heads, HEAD_DIM]
+    maxima,  # float32 [splits, rows, heads]
     sums,
-    out,  # [lines, HEAD_DIM]
-    lines,
+    prefix_lengths,
+    masks,
+    out,  # [rows, heads, HEAD_DIM]
+    rows,
+    heads,
+    max_splits,
+    WORDS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,  # a power of two
+    SPLIT_KEYS: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
+    row = tl.program_id(0)
+    lines = rows.to(tl.int64) * heads
+    line = row.to(tl.int64) * heads + tl.program_id(1)
+    end = tl.load(prefix_lengths + row)
+    prefix = end
+    for word in tl.static_range(WORDS):
+        bits = tl.load(masks + row.to(tl.int64) * WORDS + word)
+        end = tl.where(bits != 0, prefix + 64 * (word + 1), end)
+    splits = tl.minimum((end + SPLIT_KEYS - 1) // SPLIT_KEYS, max_splits)
+    highest = float("-inf")
+    for split in range(0, splits):
+        highest = tl.maximum(highest, tl.load(maxima + split * lines + line))
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
     dim = tl.arange(0, DIM_PADDED)
-    maximum = tl.load(maxima + split * lines + line)
-    total = tl.load(sums + split * lines + line)
-    highest = tl.max(maximum, axis=0)
-    # out = Σ e^(max_s - max) acc_s / Σ e^(max_s - max) sum_s
-    share = tl.exp(maximum - tl.where(highest == float("-inf"), 0.0, highest))
-    place = (split[:, None] * lines + line) * HEAD_DIM + dim[None, :]
-    parts = tl.load(partial + place, mask=dim[None, :] < HEAD_DIM, other=0.0)
-    total = tl.sum(share * total, axis=0)
-    joined = tl.sum(parts * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + line * HEAD_DIM + dim, joined.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    dim_ok = dim < HEAD_DIM
+    total = 0.0
+    joined = tl.zeros([DIM_PADDED], tl.float32)
+    # out = Σ e^(max_s - max) acc_s / Σ e^(max_s - max) sum_s, in ascending order of s
+    for split in range(0, splits):
+        share = tl.exp(tl.load(maxima + split * lines + line) - reference)
+        total += share * tl.load(sums + split * lines + line)
+        joined += share * tl.load(partial + (split * lines + line) * HEAD_DIM + dim, mask=dim_ok, other=0.0)
+    joined = joined / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + line * HEAD_DIM + dim, joined.to(out.dtype.element_ty), mask=dim_ok)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut: rows and keys of a tile, and among how many programs the keys of a row are split."""
+    """How the work is cut: rows and keys of a tile, and keys of a split (a multiple of tile_keys).
+
+    tile_rows may follow the batch; the other two are the model's, for the sake of batch invariance.
+    """
 
     tile_rows: int
     tile_keys: int
-    splits: int
+    split_keys: int
 
 
-def choose_tiling(
-    rows: int, sequences: int, heads: int, kv_heads: int, line_bytes: int, capacity: int, processors: int
-) -> Tiling:
-    """Tiles as large as the mean sequence has rows, and splits until every processor has two programs.
+@cache
+def choose_tiling(rows: int, sequences: int, heads: int, kv_heads: int, line_bytes: int) -> Tiling:
+    """Tiles as tall as the mean sequence has rows; keys by the model's shape.
 
-    line_bytes: size of one head of one key, padded. capacity: entries that a block table has room for.
+    line_bytes: size of one head of one key, padded.
     """
     group = triton.next_power_of_2(heads // kv_heads)
     mean_rows = triton.next_power_of_2(triton.cdiv(rows, max(1, sequences)))
-    tile_lines = max(MIN_DOT, min(MAX_TILE, 2 * TILE_BYTES // line_bytes))
-    tile_rows = max(1, min(mean_rows, tile_lines // group))
-    tile_keys = max(MIN_DOT, min(MAX_TILE, TILE_BYTES // line_bytes))
-    programs = triton.cdiv(rows, tile_rows) * kv_heads
-    most = min(MAX_SPLITS, triton.cdiv(capacity, tile_keys * MIN_TILES_IN_SPLIT))
-    splits = 1
-    while splits * 2 <= most and programs * splits < 2 * processors:
-        splits *= 2
-    return Tiling(tile_rows, tile_keys, splits)
+    tile_lines = max(MIN_DOT, min(MAX_LINES, 2 * TILE_BYTES // line_bytes))
+    split_keys = min(MAX_SPLIT_KEYS, max(MIN_SPLIT_KEYS, triton.next_power_of_2(SPLIT_KEYS_PER_HEAD * kv_heads)))
+    return Tiling(
+        tile_rows=max(1, min(mean_rows, tile_lines // group)),
+        tile_keys=max(MIN_DOT, min(MAX_TILE_KEYS, TILE_BYTES // line_bytes)),
+        split_keys=split_keys,
+    )
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def warps(tile_lines: int) -> int:
+    """Warps of a program whose tile has this many lines."""
+    return 8 if tile_lines >= WIDE_TILE else 4
 
 
 def tree_attention(
@@ -219,7 +299,7 @@ def tree_attention(
 ) -> torch.Tensor:
     """See `kernels.blocks.TreeAttention`. float32, bfloat16 or float16; scores and sums are float32.
 
-    tiling: None chooses by shape; the split of the keys, and with it the rounding, then follows the batch's shape.
+    tiling: None chooses by shape.
     """
     check_visibility(block_tables, block_size, row_sequences, prefix_lengths, masks)
     rows, heads, head_dim = query.shape
@@ -229,9 +309,10 @@ def tree_attention(
         return out
     sequences, max_blocks = block_tables.shape
     dim_padded = max(MIN_DOT, triton.next_power_of_2(head_dim))
-    line_bytes, capacity = dim_padded * query.element_size(), max_blocks * block_size
-    tiling = tiling or choose_tiling(rows, sequences, heads, kv_heads, line_bytes, capacity, _processors(query.device))
-    splits, group_padded = tiling.splits, triton.next_power_of_2(heads // kv_heads)
+    tiling = tiling or choose_tiling(rows, sequences, heads, kv_heads, dim_padded * query.element_size())
+    group_padded = triton.next_power_of_2(heads // kv_heads)
+    tile_lines = max(MIN_DOT, tiling.tile_rows * group_padded)
+    splits = triton.cdiv(max_blocks * block_size, tiling.split_keys)
     if splits == 1:
         partial = maxima = sums = out
     else:
@@ -259,22 +340,28 @@ def tree_attention(
         HEAD_DIM=head_dim,
         DIM_PADDED=dim_padded,
         TILE_ROWS=tiling.tile_rows,
-        TILE_M=max(MIN_DOT, tiling.tile_rows * group_padded),
+        TILE_M=tile_lines,
         TILE_KEYS=tiling.tile_keys,
-        SPLITS=splits,
+        SPLIT_KEYS=tiling.split_keys,
+        JOINED=splits > 1,
+        num_warps=warps(tile_lines),
         **COMPILER_OPTIONS,
     )
     if splits > 1:
-        lines = rows * heads
-        _join_splits_kernel[(lines,)](
+        _join_splits_kernel[(rows, heads)](
             partial,
             maxima,
             sums,
+            prefix_lengths,
+            masks,
             out,
-            lines,
+            rows,
+            heads,
+            splits,
+            WORDS=masks.shape[1],
             HEAD_DIM=head_dim,
             DIM_PADDED=dim_padded,
-            SPLITS=splits,
+            SPLIT_KEYS=tiling.split_keys,
             **COMPILER_OPTIONS,
         )
     return out

@@ -37,10 +37,17 @@ LARGE = [
     Shape(heads=6, kv_heads=6, head_dim=48, block_size=4, trees=((9, 0), (31, 7), (0, 3)), words=2),
 ]
 CHOSEN_BY_SHAPE = None
-TILINGS = [CHOSEN_BY_SHAPE, Tiling(1, 16, 1), Tiling(16, 32, 1), Tiling(4, 16, 2), Tiling(1, 32, 8)]
+ONE_SPLIT = 4096
+TILINGS = [CHOSEN_BY_SHAPE, Tiling(1, 16, ONE_SPLIT), Tiling(16, 32, ONE_SPLIT), Tiling(4, 16, 32), Tiling(1, 32, 32)]
+# Prefixes of several of the splits that the kernel chooses itself.
+LONG = [
+    Shape(heads=2, kv_heads=1, head_dim=64, block_size=16, trees=((700, 9), (255, 3), (256, 2), (20, 1))),
+    Shape(heads=2, kv_heads=2, head_dim=128, block_size=16, trees=((513, 65), (300, 0)), words=2),
+]
 CASES = [
     *((shape, tiling) for shape in SMALL for tiling in TILINGS),
-    *((shape, tiling) for shape in LARGE for tiling in (CHOSEN_BY_SHAPE, Tiling(16, 32, 2))),
+    *((shape, tiling) for shape in LARGE for tiling in (CHOSEN_BY_SHAPE, Tiling(16, 32, 64))),
+    *((shape, CHOSEN_BY_SHAPE) for shape in LONG),
 ]
 # The interpreter multiplies the bits of bfloat16 as if they were integers.
 HALF_DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
@@ -91,14 +98,44 @@ def test_no_rows_give_no_rows() -> None:
 
 
 def test_tiling_follows_the_shape() -> None:
-    # one row of a long context: the keys are split until the processors have work
-    assert choose_tiling(1, 1, 32, 8, 256, 32768, 132) == Tiling(1, 64, 16)
-    # a short context is not worth a split
-    assert choose_tiling(1, 1, 32, 8, 256, 128, 132).splits == 1
-    # many sequences of one row each: a program for each
-    assert choose_tiling(64, 64, 32, 8, 256, 4096, 132) == Tiling(1, 64, 1)
-    # a tree of 16 nodes, four query heads to a key head: a tile of 64 lines; wide heads, fewer keys
-    assert choose_tiling(16, 1, 32, 8, 512, 4096, 8) == Tiling(16, 32, 2)
+    # one row, or a batch of sequences of one row each: the lines of one row
+    assert choose_tiling(1, 1, 32, 8, 256) == choose_tiling(64, 64, 32, 8, 256) == Tiling(1, 64, 512)
+    # a tree of 64 nodes, a key head for each query head: one tile; four query heads to a key head: two
+    assert choose_tiling(64, 1, 32, 32, 256) == Tiling(64, 64, 1024)
+    assert choose_tiling(64, 1, 32, 8, 256) == Tiling(32, 64, 512)
+    # float32: fewer lines, fewer keys
+    assert choose_tiling(64, 1, 32, 8, 512) == Tiling(16, 32, 512)
+
+
+def test_keys_are_cut_by_the_model_alone() -> None:
+    cuts = {
+        (tiling.tile_keys, tiling.split_keys)
+        for rows in (1, 5, 64, 512)
+        for sequences in (1, 3, rows)
+        for tiling in [choose_tiling(rows, sequences, 12, 4, 256)]
+    }
+    assert cuts == {(64, 256)}
+
+
+@pytest.mark.parametrize("shape", [SMALL[1], LARGE[2], *LONG], ids=str)
+def test_bits_of_a_row_do_not_depend_on_the_others(shape: Shape) -> None:
+    """Nor on how many splits the batch's longest sequence needs. Tiles of one height: see the kernel's docstring."""
+    problem = make_problem(shape).to(DEVICE)
+    tiling = replace(choose_tiling(1, 1, shape.heads, shape.kv_heads, shape.head_dim * 4), tile_rows=8)
+    together = triton_attention.tree_attention(*problem.arguments(), tiling=tiling)
+    for row in range(0, len(together), 1 + len(together) // 7):
+        only = slice(row, row + 1)
+        sequence = int(problem.row_sequences[row])
+        seen = int(problem.prefix_lengths[row]) + 64 * shape.words
+        alone = replace(
+            problem,
+            query=problem.query[only],
+            block_tables=problem.block_tables[sequence : sequence + 1, : 1 + seen // shape.block_size].contiguous(),
+            row_sequences=torch.zeros_like(problem.row_sequences[only]),
+            prefix_lengths=problem.prefix_lengths[only],
+            masks=problem.masks[only],
+        )
+        assert torch.equal(triton_attention.tree_attention(*alone.arguments(), tiling=tiling)[0], together[row])
 
 
 @given(data=st.data())

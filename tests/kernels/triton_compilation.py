@@ -9,7 +9,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from kernels.kv_compaction import triton as compaction
 from kernels.tree_attention import triton as attention
-from kernels.tree_attention.triton import COMPILER_OPTIONS, MIN_DOT, choose_tiling
+from kernels.tree_attention.triton import COMPILER_OPTIONS, MIN_DOT, choose_tiling, warps
 
 AMPERE, HOPPER = 86, 90
 # What a block may use, in bytes.
@@ -18,11 +18,18 @@ ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def compile_kernel(
-    kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, int], capability: int
+    kernel: triton.JITFunction,
+    types: dict[str, str],
+    constants: dict[str, int],
+    capability: int,
+    num_warps: int = 4,
 ) -> CompiledKernel:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=COMPILER_OPTIONS)
+    # What a launch finds out by itself: torch's allocations are aligned, and aligned loads are vectorised.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {**COMPILER_OPTIONS, "num_warps": num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +37,9 @@ def compile_kernel(
     [
         (1, 32, 8, 128, "bf16", HOPPER),
         (16, 32, 8, 128, "bf16", HOPPER),
+        (64, 32, 8, 128, "bf16", HOPPER),
+        (64, 32, 32, 128, "bf16", AMPERE),
+        (64, 32, 8, 64, "bf16", AMPERE),
         (16, 32, 8, 128, "fp32", AMPERE),
         (64, 8, 1, 256, "fp32", AMPERE),
         (9, 9, 3, 80, "fp16", AMPERE),
@@ -39,13 +49,14 @@ def test_attention_compiles_and_fits(
     rows: int, heads: int, kv_heads: int, head_dim: int, dtype: str, capability: int
 ) -> None:
     dim_padded = triton.next_power_of_2(head_dim)
-    tiling = choose_tiling(rows, 1, heads, kv_heads, dim_padded * ELEMENT_BYTES[dtype], 4096, 132)
+    tiling = choose_tiling(rows, 1, heads, kv_heads, dim_padded * ELEMENT_BYTES[dtype])
     group = heads // kv_heads
     group_padded = triton.next_power_of_2(group)
     types = dict.fromkeys(["query", "keys", "values"], f"*{dtype}")
     types |= dict.fromkeys(["block_tables", "row_sequences", "prefix_lengths"], "*i32")
     types |= {"masks": "*i64", "out": "*fp32", "maxima": "*fp32", "sums": "*fp32"}
     types |= {"rows": "i32", "max_blocks": "i32", "scale": "fp32"}
+    tile_lines = max(MIN_DOT, tiling.tile_rows * group_padded)
     constants = {
         "BLOCK_SIZE": 16,
         "WORDS": 1,
@@ -55,18 +66,20 @@ def test_attention_compiles_and_fits(
         "HEAD_DIM": head_dim,
         "DIM_PADDED": dim_padded,
         "TILE_ROWS": tiling.tile_rows,
-        "TILE_M": max(MIN_DOT, tiling.tile_rows * group_padded),
+        "TILE_M": tile_lines,
         "TILE_KEYS": tiling.tile_keys,
-        "SPLITS": tiling.splits,
+        "SPLIT_KEYS": tiling.split_keys,
+        "JOINED": True,
     }
-    compiled = compile_kernel(attention._tree_attention_kernel, types, constants, capability)
+    compiled = compile_kernel(attention._tree_attention_kernel, types, constants, capability, warps(tile_lines))
     assert "cubin" in compiled.asm
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
 
 
 def test_the_small_kernels_compile() -> None:
-    types = dict.fromkeys(["partial", "maxima", "sums"], "*fp32") | {"out": "*bf16", "lines": "i32"}
-    constants = {"HEAD_DIM": 80, "DIM_PADDED": 128, "SPLITS": 16}
+    types = dict.fromkeys(["partial", "maxima", "sums"], "*fp32") | {"out": "*bf16"}
+    types |= {"prefix_lengths": "*i32", "masks": "*i64", "rows": "i32", "heads": "i32", "max_splits": "i32"}
+    constants = {"WORDS": 1, "HEAD_DIM": 80, "DIM_PADDED": 128, "SPLIT_KEYS": 512}
     assert "cubin" in compile_kernel(attention._join_splits_kernel, types, constants, 90).asm
     types = {"cache": "*bf16", "sources": "*i64", "targets": "*i64", "moves": "i32", "slots": "i32", "slot_size": "i32"}
     constants = {"MOVES": compaction.MAX_MOVES, "CHUNK": compaction.CHUNK}
