@@ -4,12 +4,12 @@
 
 A program takes a tile of consecutive rows and one key head, with all query heads that share it packed into the tile's
 lines, and walks over one split of the keys with an online softmax (FlashAttention-2, Dao, 2023); a second kernel joins
-the splits (Flash-Decoding). So the prefix that the nodes of a tree share is read once for all nodes of a tile. A tree of
-more lines than a tile, or one that straddles two tiles, has it read again; those programs stand beside each other in the
-grid and find it in the L2 cache.
+the splits (Flash-Decoding). So the prefix that the nodes of a tree share is read once for all nodes of a tile. A tree
+of more lines than a tile, or one that straddles two tiles, has it read again; those programs stand beside each other in
+the grid and find it in the L2 cache.
 
 Batch invariance. Logical entry e belongs to split e // split_keys, and within it to tile e // tile_keys; both lengths
-follow from the model's shape (`choose_tiling`). Splits are joined in ascending order, with the shares of the row's own
+follow from the model's shape (`tiling.py`). Splits are joined in ascending order, with the shares of the row's own
 maximum, and an entry that a row does not see changes none of its sums. So the order of a row's sums is a function of
 what the row sees alone. The height of a tile does follow the batch; what a tensor core adds up inside one instruction
 may differ between the instructions that the compiler picks for tiles of different heights.
@@ -19,27 +19,13 @@ The launch follows from shapes alone: nothing is read back from the device, so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels.blocks import check_visibility
+from kernels.tree_attention.tiling import MIN_DOT, Tiling, choose_tiling, power_of_two, warps
 
-# tl.dot wants at least this many rows, columns and summands.
-MIN_DOT = 16
-MAX_LINES = 128
-# From this many lines on a tile is computed by eight warps.
-WIDE_TILE = 128
-MAX_TILE_KEYS = 64
-# Bytes of a tile of keys, and half the bytes of a tile of queries. With two stages of loads ahead, they fit the shared
-# memory of every GPU since Ampere (99 KiB).
-TILE_BYTES = 16384
-# Keys of a split: 64 for each key head, so that a context of 16k keys gives a few hundred programs for any model, within
-# bounds: a split costs a write and a read of float32 partial results, and one program's pipeline needs a few tiles to fill.
-SPLIT_KEYS_PER_HEAD, MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 64, 256, 1024
 COMPILER_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
 
 
@@ -51,18 +37,29 @@ def _mask_word(masks, row, word, ok, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _visible(tile, prefix, masks, row, row_ok, WORDS: tl.constexpr, TILE_KEYS: tl.constexpr):
-    """bool [M, TILE_KEYS]: which of the logical entries tile, tile + 1, .. the rows [M] see; TILE_KEYS is at most 64."""
-    # Entry tile + k is bit offset + k of the mask: in one of two words, which shifted into place give bit k of `window`.
+def _mask_window(tile, prefix, masks, row, row_ok, WORDS: tl.constexpr):
+    """uint64 [M]: bit k says whether the mask of a row shows it logical entry tile + k, for k < 64."""
+    # Entry tile + k is bit offset + k of the mask: in one of two words, which are shifted into place.
     offset = tile - prefix
     word = offset >> 6
     shift = (offset & 63).to(tl.uint64)
     low = _mask_word(masks, row, word, row_ok, WORDS) >> shift
     high = tl.where(shift == 0, 0, _mask_word(masks, row, word + 1, row_ok, WORDS) << ((64 - shift) & 63))
-    window = low | high
-    k = tl.arange(0, TILE_KEYS)
-    in_prefix = k[None, :] < (prefix - tile)[:, None]
-    return in_prefix | (((window[:, None] >> k[None, :].to(tl.uint64)) & 1) == 1)
+    return low | high
+
+
+@triton.jit
+def _either(first, second):
+    return first | second
+
+
+@triton.jit
+def _shows(window, ahead, TILE_KEYS: tl.constexpr):
+    """bool [M, TILE_KEYS]: whether bit k of the window [M] is set or k < ahead [M]; TILE_KEYS is at most 64."""
+    # In halves of 32 bits: elements of 64 would cost the kernel's registers twice.
+    k = tl.arange(0, TILE_KEYS)[None, :]
+    half = tl.where(k < 32, window.to(tl.uint32)[:, None], (window >> 32).to(tl.uint32)[:, None])
+    return (k < ahead[:, None]) | (((half >> (k & 31).to(tl.uint32)) & 1) == 1)
 
 
 @triton.jit
@@ -82,7 +79,7 @@ def _absorb_tile(
     values,
     table,  # the sequence's row of block_tables
     entry,
-    seen,  # bool [K]: entries that any line sees; the others are not read: they may hold NaN, their blocks need not exist
+    seen,  # bool [K]: entries that any line sees; others are not read: they may hold NaN, their blocks need not exist
     visible,  # bool [M, K], or [M, 1] where a line sees all of the tile or nothing
     scale,
     maximum,
@@ -191,8 +188,10 @@ def _tree_attention_kernel(
             )  # fmt: skip
         for tile in range(shared, stop, TILE_KEYS):
             entry = tile + tl.arange(0, TILE_KEYS)
-            visible = _visible(tile, prefix, masks, row, in_sequence, WORDS, TILE_KEYS) & (entry[None, :] < end)
-            seen = tl.max(visible.to(tl.int32), axis=0) > 0
+            window = _mask_window(tile, prefix, masks, row, in_sequence, WORDS)
+            visible = _shows(window, prefix - tile, TILE_KEYS) & (entry[None, :] < end)
+            shown = tl.reduce(window, 0, _either) >> tl.arange(0, TILE_KEYS).to(tl.uint64) & 1
+            seen = ((shown == 1) | (entry < tl.max(prefix, axis=0))) & (entry < end)
             maximum, total, accumulator = _absorb_tile(
                 q, keys, values, table, entry, seen, visible, scale, maximum, total, accumulator,
                 kv_head, BLOCK_SIZE, KV_HEADS, HEAD_DIM, DIM_PADDED,
@@ -251,40 +250,6 @@ def _join_splits_kernel(
     tl.store(out + line * HEAD_DIM + dim, joined.to(out.dtype.element_ty), mask=dim_ok)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut: rows and keys of a tile, and keys of a split (a multiple of tile_keys).
-
-    tile_rows may follow the batch; the other two are the model's, for the sake of batch invariance.
-    """
-
-    tile_rows: int
-    tile_keys: int
-    split_keys: int
-
-
-@cache
-def choose_tiling(rows: int, sequences: int, heads: int, kv_heads: int, line_bytes: int) -> Tiling:
-    """Tiles as tall as the mean sequence has rows; keys by the model's shape.
-
-    line_bytes: size of one head of one key, padded.
-    """
-    group = triton.next_power_of_2(heads // kv_heads)
-    mean_rows = triton.next_power_of_2(triton.cdiv(rows, max(1, sequences)))
-    tile_lines = max(MIN_DOT, min(MAX_LINES, 2 * TILE_BYTES // line_bytes))
-    split_keys = min(MAX_SPLIT_KEYS, max(MIN_SPLIT_KEYS, triton.next_power_of_2(SPLIT_KEYS_PER_HEAD * kv_heads)))
-    return Tiling(
-        tile_rows=max(1, min(mean_rows, tile_lines // group)),
-        tile_keys=max(MIN_DOT, min(MAX_TILE_KEYS, TILE_BYTES // line_bytes)),
-        split_keys=split_keys,
-    )
-
-
-def warps(tile_lines: int) -> int:
-    """Warps of a program whose tile has this many lines."""
-    return 8 if tile_lines >= WIDE_TILE else 4
-
-
 def tree_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -308,9 +273,9 @@ def tree_attention(
     if rows == 0:
         return out
     sequences, max_blocks = block_tables.shape
-    dim_padded = max(MIN_DOT, triton.next_power_of_2(head_dim))
+    dim_padded = max(MIN_DOT, power_of_two(head_dim))
     tiling = tiling or choose_tiling(rows, sequences, heads, kv_heads, dim_padded * query.element_size())
-    group_padded = triton.next_power_of_2(heads // kv_heads)
+    group_padded = power_of_two(heads // kv_heads)
     tile_lines = max(MIN_DOT, tiling.tile_rows * group_padded)
     splits = triton.cdiv(max_blocks * block_size, tiling.split_keys)
     if splits == 1:

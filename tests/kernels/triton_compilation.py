@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
@@ -9,11 +13,14 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from kernels.kv_compaction import triton as compaction
 from kernels.tree_attention import triton as attention
-from kernels.tree_attention.triton import COMPILER_OPTIONS, MIN_DOT, choose_tiling, warps
+from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, warps
+from kernels.tree_attention.triton import COMPILER_OPTIONS
 
 AMPERE, HOPPER = 86, 90
 # What a block may use, in bytes.
 SHARED_MEMORY = {AMPERE: 99 * 1024, HOPPER: 227 * 1024}
+# Bytes of registers that a thread may spill; the float32 kernels, which use no tensor cores, are not held to it.
+MAX_SPILLED = 128
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -32,6 +39,17 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def spilled_bytes(compiled: CompiledKernel, folder: Path) -> int:
+    """What a thread keeps on its stack, by the dump of the tool that Triton brings along."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    stacks = re.findall(r"STACK:(\d+)", done.stdout)
+    assert stacks
+    return max(map(int, stacks))
+
+
 @pytest.mark.parametrize(
     ("rows", "heads", "kv_heads", "head_dim", "dtype", "capability"),
     [
@@ -46,7 +64,7 @@ def compile_kernel(
     ],
 )
 def test_attention_compiles_and_fits(
-    rows: int, heads: int, kv_heads: int, head_dim: int, dtype: str, capability: int
+    rows: int, heads: int, kv_heads: int, head_dim: int, dtype: str, capability: int, tmp_path: Path
 ) -> None:
     dim_padded = triton.next_power_of_2(head_dim)
     tiling = choose_tiling(rows, 1, heads, kv_heads, dim_padded * ELEMENT_BYTES[dtype])
@@ -74,6 +92,8 @@ def test_attention_compiles_and_fits(
     compiled = compile_kernel(attention._tree_attention_kernel, types, constants, capability, warps(tile_lines))
     assert "cubin" in compiled.asm
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    if dtype != "fp32":
+        assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED
 
 
 def test_the_small_kernels_compile() -> None:
