@@ -2,6 +2,7 @@
 # make check   lint, formatting, types, imports, generated stubs      make test-slow   tests that take minutes
 # make protos  generate the stubs from the .proto files               make test-gpu    tests that need a CUDA device
 # make bench   the speed table                                        make clean       remove what make made
+# make bench-peers   install llama.cpp and vLLM for make bench to compare with
 # make bench-acceptance   tokens per LLM step by draft, without a clock
 #
 # PYTHON=python3.12 make serve   chooses the interpreter; ARGS="--port 9000" adds flags to `specserve up`.
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test test-slow test-gpu check protos bench bench-acceptance clean setup
+.PHONY: serve test test-slow test-gpu check protos bench bench-peers bench-acceptance clean setup
 .DEFAULT_GOAL := serve
 
 serve: setup
@@ -42,6 +43,9 @@ protos: setup
 bench: setup
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers.install $(ARGS)
+
 bench-acceptance: setup
 	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
@@ -56,5 +60,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info build kernels/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .peers *.egg-info build kernels/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
