@@ -17,14 +17,18 @@ from kernels.blocks import (
     Linear,
     MlpBlock,
     MlpWeights,
+    RmsNorm,
     TreeAttention,
 )
 from kernels.decoder_blocks import native as native_blocks
-from kernels.decoder_blocks import reference as torch_blocks
+from kernels.decoder_blocks.composed import ComposedAttentionBlock, ComposedLinear, ComposedMlpBlock, Operations
+from kernels.gated_product.reference import gated_product
 from kernels.kv_compaction import native as native_compaction
 from kernels.kv_compaction import reference as torch_compaction
 from kernels.native import native_available, native_status
 from kernels.packed_linear.native import NativeLinear
+from kernels.rms_norm.reference import rms_norm
+from kernels.rotated_write.reference import rotated_write
 from kernels.tree_attention import native as native_attention
 from kernels.tree_attention import reference as torch_attention
 
@@ -54,7 +58,7 @@ class Backend:
     activation_dtype: Callable[[torch.dtype], torch.dtype]
     tree_attention: TreeAttention
     kv_compaction: KvCompaction
-    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    rms_norm: RmsNorm
     pack_linear: PackLinear
     pack_attention: Callable[[AttentionWeights], AttentionBlock]
     pack_mlp: Callable[[MlpWeights], MlpBlock]
@@ -95,11 +99,21 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
             raise BackendUnavailable(reason)
         return _torch_backend(device, reason)
     # Imported here because triton has wheels for some platforms only.
+    from kernels.gated_product import triton as triton_product
     from kernels.kv_compaction import triton as triton_compaction
+    from kernels.rms_norm import triton as triton_norm
+    from kernels.rotated_write import triton as triton_write
     from kernels.tree_attention import triton as triton_attention
 
-    reason = f"triton {version('triton')}"
-    return _composed_backend("triton", reason, device, triton_attention.tree_attention, triton_compaction.kv_compaction)
+    operations = Operations(
+        triton_norm.rms_norm,
+        triton_write.rotated_write,
+        triton_attention.tree_attention,
+        triton_product.gated_product,
+    )
+    return composed_backend(
+        "triton", f"triton {version('triton')}", device, operations, triton_compaction.kv_compaction
+    )
 
 
 def _native_backend(reason: str) -> Backend:
@@ -117,30 +131,29 @@ def _native_backend(reason: str) -> Backend:
 
 
 def _torch_backend(device: torch.device, reason: str) -> Backend:
-    return _composed_backend("torch", reason, device, torch_attention.tree_attention, torch_compaction.kv_compaction)
+    operations = Operations(rms_norm, rotated_write, torch_attention.tree_attention, gated_product)
+    return composed_backend("torch", reason, device, operations, torch_compaction.kv_compaction)
 
 
-def _composed_backend(
-    name: BackendName, reason: str, device: torch.device, tree_attention: TreeAttention, kv_compaction: KvCompaction
+def composed_backend(
+    name: BackendName, reason: str, device: torch.device, operations: Operations, kv_compaction: KvCompaction
 ) -> Backend:
-    """PyTorch operations around the given kernels."""
+    """PyTorch's matrix products around the given operations."""
 
     def activation_dtype(weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else weight_dtype
 
     def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        return torch_blocks.TorchLinear(weight, bias, activation_dtype(weight.dtype))
+        return ComposedLinear(weight, bias, activation_dtype(weight.dtype))
 
     return Backend(
         name=name,
         reason=reason,
         activation_dtype=activation_dtype,
-        tree_attention=tree_attention,
+        tree_attention=operations.tree_attention,
         kv_compaction=kv_compaction,
-        rms_norm=torch_blocks.rms_norm,
+        rms_norm=operations.rms_norm,
         pack_linear=pack_linear,
-        pack_attention=lambda weights: torch_blocks.TorchAttentionBlock(
-            weights, activation_dtype(weights.qkv.dtype), tree_attention
-        ),
-        pack_mlp=lambda weights: torch_blocks.TorchMlpBlock(weights, activation_dtype(weights.down.dtype)),
+        pack_attention=lambda weights: ComposedAttentionBlock(weights, activation_dtype(weights.qkv.dtype), operations),
+        pack_mlp=lambda weights: ComposedMlpBlock(weights, activation_dtype(weights.down.dtype), operations),
     )

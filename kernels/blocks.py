@@ -180,6 +180,8 @@ class Linear(Protocol):
 class AttentionBlock(Protocol):
     """hidden [rows, hidden] -> output projection of attention, [rows, hidden]; plus `hidden` when `residual`.
 
+    With `residual` the sum may be made in `hidden` itself.
+
     kv: [2, slots, kv_heads, head_dim], the layer's keys and values; the rows' own are written to batch.slots.
     """
 
@@ -189,9 +191,54 @@ class AttentionBlock(Protocol):
 
 
 class MlpBlock(Protocol):
-    """hidden [rows, hidden] -> gated feed-forward of its RMS norm, [rows, hidden]; plus `hidden` when `residual`."""
+    """hidden [rows, hidden] -> gated feed-forward of its RMS norm, [rows, hidden]; plus `hidden` when `residual`.
+
+    With `residual` the sum may be made in `hidden` itself.
+    """
 
     def __call__(self, hidden: torch.Tensor, *, residual: bool = False) -> torch.Tensor: ...
+
+
+class RmsNorm(Protocol):
+    """hidden [rows, size], weight [size] -> hidden / sqrt(mean(hidden²) + eps) * weight (Zhang and Sennrich, 2019).
+
+    Computed in float32; the weight multiplies the normalised value after its rounding to hidden's type.
+    """
+
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class HeadNorms:
+    """RMS norms of every query and key head before the rotation (Qwen3): [head_dim] each."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
+class RotatedWrite(Protocol):
+    """qkv [rows, (heads + 2 * kv_heads) * head_dim] -> normed and rotated queries, [rows, heads, head_dim].
+
+    The normed and rotated keys and the values go to slots [rows] of kv [2, slots, kv_heads, head_dim], rounded to its
+    type. cos, sin: float32 [rows, head_dim / 2].
+    """
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        kv: torch.Tensor,
+        slots: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        norms: HeadNorms | None,
+    ) -> torch.Tensor: ...
+
+
+class GatedProduct(Protocol):
+    """gate_up [rows, 2 * size] -> silu(gate) * up, [rows, size]."""
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
 
 class TreeAttention(Protocol):

@@ -119,9 +119,9 @@ def test_attention_block_equals_torch(layer: Layer, residual: bool, kv_dtype: to
     caches = [empty_kv(layer, kv_dtype) for _ in range(2)]
     for batch in (prompt_batch(layer, 0, 13), tree_batch(layer, 13, PARENTS)):
         hidden = torch.randn(batch.rows, layer.hidden)
+        expected = reference.pack_attention(weights)(hidden.clone(), caches[1], batch, residual=residual)
         kept = hidden.clone()
         actual = native.pack_attention(weights)(hidden, caches[0], batch, residual=residual)
-        expected = reference.pack_attention(weights)(hidden, caches[1], batch, residual=residual)
         # one element of the cache rounded the other way to bfloat16 moves an output by a few thousandths
         tolerance = 1e-4 if kv_dtype == torch.float32 else 2e-2
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-4)

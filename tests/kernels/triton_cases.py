@@ -6,6 +6,7 @@ Triton decides at its import which of the two it is, so that these cases need a 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,13 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpretedFunction
 
+from kernels.backend import choose_backend
+from kernels.blocks import AttentionBatch, AttentionWeights, HeadNorms, MlpWeights
+from kernels.gated_product import reference as reference_product
+from kernels.gated_product import triton as triton_product
 from kernels.kv_compaction import reference as reference_compaction
 from kernels.kv_compaction import triton as triton_compaction
+from kernels.rms_norm import reference as reference_norm
+from kernels.rms_norm import triton as triton_norm
+from kernels.rotated_write import reference as reference_write
+from kernels.rotated_write import triton as triton_write
 from kernels.tree_attention import reference as reference_attention
 from kernels.tree_attention import triton as triton_attention
 from kernels.tree_attention.tiling import Tiling, choose_tiling
+from tests.kernels import test_decoder_blocks as layers
 from tests.kernels.problems import Problem, Shape, make_problem
 
+T = TypeVar("T", AttentionWeights, MlpWeights, AttentionBatch)
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -62,7 +73,13 @@ def assert_equals_reference(problem: Problem, tiling: Tiling | None, tolerance: 
 
 
 def test_the_kernels_run_where_this_file_says() -> None:
-    for kernel in (triton_attention._tree_attention_kernel, triton_compaction._kv_compaction_kernel):
+    for kernel in (
+        triton_attention._tree_attention_kernel,
+        triton_compaction._kv_compaction_kernel,
+        triton_norm._rms_norm_kernel,
+        triton_product._gated_product_kernel,
+        triton_write._rotated_write_kernel,
+    ):
         assert isinstance(kernel, InterpretedFunction) == INTERPRETED
 
 
@@ -116,6 +133,96 @@ def test_bits_of_a_row_do_not_depend_on_the_others(shape: Shape) -> None:
             masks=problem.masks[only],
         )
         assert torch.equal(triton_attention.tree_attention(*alone.arguments(), tiling=tiling)[0], together[row])
+
+
+# Where a rounding may fall the other way. The interpreter cuts bfloat16 off instead, at each of two roundings.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.6e-2 if INTERPRETED else 8e-3}
+WRITES = [(0, 2, 1, 8), (1, 1, 1, 2), (5, 6, 2, 20), (3, 4, 4, 64), (2, 2, 1, 128)]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 1), (3, 60), (2, 288), (5, 1024), (1, 4100)])
+def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    hidden, weight = (3 * torch.randn(rows, size)).to(dtype), (torch.rand(size) + 0.5).to(dtype)
+    expected = reference_norm.rms_norm(hidden, weight, 1e-5)
+    actual = triton_norm.rms_norm(hidden.to(DEVICE), weight.to(DEVICE), 1e-5)
+    torch.testing.assert_close(actual.cpu(), expected, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 1), (3, 101), (2, 1024), (1, 2500)])
+def test_gated_product(rows: int, size: int, dtype: torch.dtype) -> None:
+    gate_up = (3 * torch.randn(rows, 2 * size)).to(dtype)
+    actual = triton_product.gated_product(gate_up.to(DEVICE)).cpu()
+    expected = reference_product.gated_product(gate_up)
+    torch.testing.assert_close(actual, expected, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
+
+
+def test_gated_product_of_extreme_values_is_finite() -> None:
+    gate_up = torch.tensor([[900.0, -900.0, 0.0, 2.0, 3.0, 4.0]])
+    actual = triton_product.gated_product(gate_up.to(DEVICE)).cpu()
+    assert torch.equal(actual, torch.tensor([[1800.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "head_dim"),
+    [(0, 2, 1, 8), (1, 1, 1, 2), (5, 6, 2, 20), (3, 4, 4, 64), (2, 2, 1, 128)],
+)
+def test_rotated_write(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, normed: bool) -> None:
+    slots = torch.randperm(9)[:rows]
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    angles = torch.rand(rows, head_dim // 2) * 6
+    query_norm, key_norm = (torch.rand(2, head_dim) + 0.5).to(dtype)
+    norms = HeadNorms(query_norm, key_norm, eps=1e-5) if normed else None
+    on_device = HeadNorms(norms.query.to(DEVICE), norms.key.to(DEVICE), norms.eps) if norms else None
+    expected_kv = torch.full((2, 9, kv_heads, head_dim), float("nan"), dtype=dtype)
+    actual_kv = expected_kv.to(DEVICE, copy=True)
+    expected = reference_write.rotated_write(qkv, expected_kv, slots, angles.cos(), angles.sin(), norms)
+    rotation = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
+    actual = triton_write.rotated_write(qkv.to(DEVICE), actual_kv, slots.to(DEVICE), *rotation, on_device)
+    tolerance = 4 * ROUNDING[dtype]
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(actual_kv.cpu(), expected_kv, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("layer", [layers.LAYERS[1], layers.LAYERS[3]], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_layer_equals_torch(layer: layers.Layer, residual: bool) -> None:
+    attention, mlp = layers.attention_weights(layer), layers.mlp_weights(layer)
+    caches = layers.empty_kv(layer), layers.empty_kv(layer).to(DEVICE)
+    reference, triton_backend = choose_backend(torch.device("cpu"), "torch"), choose_backend(torch.device("cuda"))
+    assert triton_backend.name == "triton"
+    for batch in (layers.prompt_batch(layer, 0, 13), layers.tree_batch(layer, 13, layers.PARENTS)):
+        hidden = torch.randn(batch.rows, layer.hidden)
+        own = hidden.to(DEVICE, copy=True)
+        expected = reference.pack_attention(attention)(hidden, caches[0], batch, residual=residual)
+        expected = reference.pack_mlp(mlp)(expected, residual=residual)
+        own = triton_backend.pack_attention(moved(attention))(own, caches[1], moved(batch), residual=residual)
+        own = triton_backend.pack_mlp(moved(mlp))(own, residual=residual)
+        torch.testing.assert_close(own.cpu(), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(caches[1].cpu(), caches[0], atol=1e-5, rtol=1e-4, equal_nan=True)
+
+
+def moved(arguments: T) -> T:
+    """The dataclass with its tensors on the device."""
+    tensors = {name: item.to(DEVICE) for name, item in vars(arguments).items() if isinstance(item, torch.Tensor)}
+    return replace(arguments, **tensors)  # type: ignore[arg-type]  # a mapping has lost which field is which
+
+
+def test_a_wide_cache_takes_narrow_projections() -> None:
+    """And the other way round: keys and values are rounded to the cache's type."""
+    qkv, slots, flat = torch.randn(2, 4 * 8), torch.tensor([1, 0]), torch.zeros(2, 4)
+    for dtype, cache_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        kv = torch.zeros(2, 2, 1, 8, dtype=cache_dtype, device=DEVICE)
+        rows = qkv.to(dtype)
+        moved = rows.to(DEVICE), kv, slots.to(DEVICE), (flat + 1).to(DEVICE), flat.to(DEVICE), None
+        query = triton_write.rotated_write(*moved).cpu()
+        heads = rows.view(2, 4, 8)
+        assert torch.equal(query, heads[:, :2])
+        expected = heads[:, 2:].transpose(0, 1).to(cache_dtype)
+        torch.testing.assert_close(kv.cpu()[:, slots, 0], expected, atol=0, rtol=ROUNDING[torch.bfloat16])
 
 
 @given(data=st.data())

@@ -11,7 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from kernels.gated_product import triton as product
 from kernels.kv_compaction import triton as compaction
+from kernels.rms_norm import triton as norm
+from kernels.rotated_write import triton as write
 from kernels.tree_attention import triton as attention
 from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, warps
 from kernels.tree_attention.triton import COMPILER_OPTIONS
@@ -104,3 +107,16 @@ def test_the_small_kernels_compile() -> None:
     types = {"cache": "*bf16", "sources": "*i64", "targets": "*i64", "moves": "i32", "slots": "i32", "slot_size": "i32"}
     constants = {"MOVES": compaction.MAX_MOVES, "CHUNK": compaction.CHUNK}
     assert "cubin" in compile_kernel(compaction._kv_compaction_kernel, types, constants, 90).asm
+
+
+def test_the_fused_operations_compile() -> None:
+    types = {"hidden": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"}
+    assert "cubin" in compile_kernel(norm._rms_norm_kernel, types, {"SIZE": 4096, "PADDED": 4096}, HOPPER, 8).asm
+    types = {"gate_up": "*bf16", "out": "*bf16", "size": "i32"}
+    assert "cubin" in compile_kernel(product._gated_product_kernel, types, {"TILE": product.TILE}, AMPERE).asm
+    types = dict.fromkeys(["qkv", "query", "keys", "values", "query_norm", "key_norm"], "*bf16")
+    types |= {"slots": "*i64", "cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+    sizes = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_PADDED": 64}
+    for capability, normed in ((AMPERE, 0), (HOPPER, 1)):
+        constants = sizes | {"NORMED": normed}
+        assert "cubin" in compile_kernel(write._rotated_write_kernel, types, constants, capability, 1).asm

@@ -1,0 +1,99 @@
+"""The halves of a decoder layer as a sequence of operations, on any device: matrix products of PyTorch, and around them
+the operations of one backend, its own kernels or PyTorch's.
+
+With PyTorch's they are what the native blocks are tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from kernels.blocks import (
+    AttentionBatch,
+    AttentionWeights,
+    GatedProduct,
+    HeadNorms,
+    MlpWeights,
+    RmsNorm,
+    RotatedWrite,
+    TreeAttention,
+)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What stands between the matrix products."""
+
+    rms_norm: RmsNorm
+    rotated_write: RotatedWrite
+    tree_attention: TreeAttention
+    gated_product: GatedProduct
+
+
+class ComposedLinear:
+    """x [rows, in] -> x weightᵀ + bias, [rows, out], in `dtype`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self._weight = weight.to(dtype)
+        self._bias = None if bias is None else bias.to(dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def add_to(self, target: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """target += x weightᵀ + bias: the residual costs no launch of its own and is rounded once, with the product."""
+        if self._bias is not None:
+            target.add_(self._bias)
+        return target.addmm_(x, self._weight.t())
+
+
+class ComposedAttentionBlock:
+    """`kernels.blocks.AttentionBlock` in `dtype`."""
+
+    def __init__(self, weights: AttentionWeights, dtype: torch.dtype, operations: Operations) -> None:
+        self._norm = weights.norm
+        self._norm_eps = weights.norm_eps
+        self._scale = weights.softmax_scale
+        self._qkv = ComposedLinear(weights.qkv, weights.qkv_bias, dtype)
+        self._output = ComposedLinear(weights.output, weights.output_bias, dtype)
+        self._head_norms: HeadNorms | None = None
+        if weights.query_norm is not None and weights.key_norm is not None:
+            self._head_norms = HeadNorms(weights.query_norm, weights.key_norm, weights.norm_eps)
+        self._operations = operations
+
+    def __call__(
+        self, hidden: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch, *, residual: bool = False
+    ) -> torch.Tensor:
+        qkv = self._qkv(self._operations.rms_norm(hidden, self._norm, self._norm_eps))
+        query = self._operations.rotated_write(qkv, kv, batch.slots, batch.cos, batch.sin, self._head_norms)
+        attended = self._operations.tree_attention(
+            query,
+            kv[0],
+            kv[1],
+            batch.block_tables,
+            batch.block_size,
+            batch.row_sequences,
+            batch.prefix_lengths,
+            batch.masks,
+            self._scale,
+        ).flatten(1)
+        return self._output.add_to(hidden, attended) if residual else self._output(attended)
+
+
+class ComposedMlpBlock:
+    """`kernels.blocks.MlpBlock` in `dtype`: down(silu(gate(x)) * up(x)) with x = rms_norm(hidden)."""
+
+    def __init__(self, weights: MlpWeights, dtype: torch.dtype, operations: Operations) -> None:
+        self._norm = weights.norm
+        self._norm_eps = weights.norm_eps
+        self._gate_up = ComposedLinear(weights.gate_up, None, dtype)
+        self._down = ComposedLinear(weights.down, None, dtype)
+        self._operations = operations
+
+    def __call__(self, hidden: torch.Tensor, *, residual: bool = False) -> torch.Tensor:
+        gate_up = self._gate_up(self._operations.rms_norm(hidden, self._norm, self._norm_eps))
+        product = self._operations.gated_product(gate_up)
+        return self._down.add_to(hidden, product) if residual else self._down(product)

@@ -1,0 +1,1 @@
+"""silu(gate) * up of a gated feed-forward; `kernels.blocks.GatedProduct` is the contract."""
