@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+HUB_FILES = (*TOKENIZER_FILES, "*.safetensors")
 
 
 class ModelFilesError(Exception):
     """A model that cannot be found or read; the message is one line for the operator."""
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, files: Sequence[str] = HUB_FILES) -> Path:
     """The local folder of a model given as a folder or as a hub id, downloaded unless the hub's cache has it.
+
+    files: patterns of what is downloaded; TOKENIZER_FILES where no weights are needed.
 
     Raises:
         ModelFilesError: there is no such folder, it has no config.json, or the hub does not have it or is out of reach.
@@ -30,7 +34,7 @@ def resolve_model(name: str) -> Path:
             raise ModelFilesError(f"model {name}: is a file; give the folder that holds config.json and *.safetensors")
         if name.startswith((".", "/", "~")) or HUB_ID.fullmatch(name) is None:
             raise ModelFilesError(f"model {name}: no such folder; give a folder with config.json or a hub id")
-        folder = _download(name)
+        folder = _download(name, files)
     if not (folder / "config.json").is_file():
         raise ModelFilesError(f"model {name}: {folder} has no config.json; give a folder saved by save_pretrained()")
     return folder.resolve()
@@ -61,14 +65,14 @@ def tokenizer_hash(folder: Path) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     # Imported here because it takes half a second and a model in a folder does not need it.
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except RepositoryNotFoundError:
         raise ModelFilesError(
             f"model {hub_id}: no such folder, and the hub has no such model or does not let you read it"

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from services.common.lifecycle import Lifecycle, StartupError
-from services.common.model_files import resolve_model, tokenizer_hash
+from services.common.model_files import TOKENIZER_FILES, resolve_model, tokenizer_hash
 from services.gateway.app import create_app
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import GatewayMetrics
@@ -45,7 +45,7 @@ async def serve(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterato
 @asynccontextmanager
 async def _gateway(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterator[Gateway]:
     """The parts of a gateway; the verifier and Redis need not be there yet."""
-    folder = resolve_model(settings.model)
+    folder = resolve_model(settings.model, TOKENIZER_FILES)
     try:
         tokenizer = GatewayTokenizer.from_folder(folder)
     except ValueError as error:
