@@ -1,0 +1,73 @@
+"""Each container's command, as written, starts on this machine; its probes pass; the whole answers a request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.k8s.hub import hub
+from tests.k8s.processes import Substitutions, running
+from tests.k8s.rendering import REPOSITORY, Resource, named, overlay, pods, with_components
+
+START_TIMEOUT_S = 120.0
+MODELS = REPOSITORY / "models"
+PROBES = ["startupProbe", "readinessProbe", "livenessProbe"]
+
+
+def models_of(resources: list[Resource]) -> dict[str, Path]:
+    """The embedded models under the ids that an overlay names."""
+    (ids,) = (item["data"] for item in resources if item["metadata"]["name"].startswith("specserve-models"))
+    return {ids["llm"]: MODELS / "default-llm", ids["ssm"]: MODELS / "default-ssm-1"}
+
+
+def run_and_ask(resources: list[Resource], folder: Path) -> None:
+    with hub(models_of(resources)) as endpoint:
+        extra = {"HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}
+        with running(resources, folder, extra, START_TIMEOUT_S) as containers:
+            assert {pod.workload for pod in pods(resources) if pod.kind != "Job"} == containers.keys()
+            for container in containers.values():
+                assert container.wait_until_probed(START_TIMEOUT_S) == PROBES
+            url = f"http://127.0.0.1:{containers['gateway'].port('http')}/v1/completions"
+            body = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "model": served(url)}
+            answer = httpx.post(url, json=body, timeout=START_TIMEOUT_S, trust_env=False)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 8
+
+
+def served(url: str) -> str:
+    answer = httpx.get(url.replace("completions", "models"), timeout=START_TIMEOUT_S, trust_env=False)
+    return str(answer.json()["data"][0]["id"])
+
+
+@pytest.mark.parametrize("name", ["cpu-demo", "gpu"])
+def test_an_overlay_serves(name: str, tmp_path: Path) -> None:
+    run_and_ask(overlay(name), tmp_path)
+
+
+def test_weights_from_a_volume(tmp_path: Path) -> None:
+    copy, run = tmp_path / "overlay", tmp_path / "run"
+    copy.mkdir()
+    resources = with_components(copy, "cpu-demo", "weights-from-volume")
+    models = next(item for item in resources if item["metadata"]["name"].startswith("specserve-models"))
+    models["data"] = {"llm": "someone/large", "ssm": "someone/small"}
+    run_and_ask(resources, run)
+
+
+def test_addresses_and_paths_are_replaced_and_nothing_else(tmp_path: Path) -> None:
+    resources = overlay("cpu-demo")
+    pod = next(pod for pod in pods(resources) if pod.workload == "gateway")
+    (container,) = pod.spec["containers"]
+    substitutions = Substitutions(resources, tmp_path)
+
+    def replaced(text: str) -> str:
+        return substitutions.text(pod, container, text)
+
+    assert replaced("8000") == str(substitutions.port(pod, "http"))
+    assert replaced("verifier:50051").startswith("127.0.0.1:")
+    assert replaced("/etc/specserve/specserve.toml") == str(tmp_path / "gateway" / "config" / "specserve.toml")
+    assert replaced("/app/models/default-llm") == str(MODELS / "default-llm")
+    for text in ("80001", "/tmpfile", "my-verifier:50051", "/application", "services.gateway"):
+        assert replaced(text) == text
+    assert named(resources, "Service", "gateway")
