@@ -14,6 +14,7 @@ from benchmarks.samples import LatencyPair, Sample, StepTimes
 from benchmarks.stack import ServiceOptions, running_stack
 from benchmarks.workers import hugging_face_answers, step_times
 from services.common.grpc_setup import channel
+from services.common.tls import INSECURE
 from services.launcher.settings import UpSettings
 
 WARM_UP_TOKENS = 16
@@ -96,7 +97,7 @@ class Benchmark:
             "speculator": device | configuration.speculator,
         }
         async with running_stack(up, options, self._on_line) as stack:
-            with channel(stack.verifier) as connection:
+            with channel(stack.verifier, INSECURE) as connection:
                 gateway = await asyncio.to_thread(GatewayClient.connect, stack.url)
                 direct = VerifierClient(connection, task.llm) if configuration.key in LATENCY_OF else None
                 await asyncio.to_thread(gateway.complete, task.prompts[0], min(WARM_UP_TOKENS, task.new_tokens))

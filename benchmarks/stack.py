@@ -71,7 +71,7 @@ async def running_service(
     """
     port = free_port()
     address = f"{LOOPBACK}:{port}"
-    decided = {"host": LOOPBACK, "port": port, "log_level": "warning", "drain_timeout_s": DRAIN_S}
+    decided = {"host": LOOPBACK, "port": port, "insecure": True, "log_level": "warning", "drain_timeout_s": DRAIN_S}
     command = (sys.executable, "-m", f"services.{section}", *to_flags(decided | dict(settings)))
     service = Service(section, command, grpc_probe(address))
     with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:

@@ -31,6 +31,7 @@ from benchmarks.stack import running_service
 from services.common.grpc_setup import channel
 from services.common.model_files import ModelFilesError, resolve_model
 from services.common.prompt_files import BadPrompts, read_prompts
+from services.common.tls import INSECURE
 from services.launcher.settings import UpSettings
 from services.launcher.supervisor import ServiceFailed
 
@@ -97,7 +98,7 @@ class Sweep:
     async def _outcome(self, shape: DraftShape, speculator: str) -> Outcome:
         options = {"llm": self.llm, "device": "cpu", "threads": self.threads, "speculator": (speculator,)}
         async with running_service("verifier", options | shape.verifier, self.on_line) as verifier:
-            with channel(verifier) as connection:
+            with channel(verifier, INSECURE) as connection:
                 client = VerifierClient(connection, self.llm)
                 await asyncio.to_thread(client.complete, self.prompts[0], min(WARM_UP_TOKENS, self.new_tokens))
                 answers = [await asyncio.to_thread(client.complete, text, self.new_tokens) for text in self.prompts]

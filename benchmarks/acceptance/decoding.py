@@ -158,7 +158,7 @@ def _engine(
 def _speculator(bench: Bench, drafting: Drafting) -> LocalSpeculator:
     """Look-up starts with nothing in every run: the texts are the same in all."""
     models = [bench.models[name] for name in drafting.sources if name not in LOOKUPS]
-    floor = SpeculatorSettings().min_confidence
+    floor = SpeculatorSettings(insecure=True).min_confidence
     lookups: list[DraftSource] = []
     if PromptLookup.name in drafting.sources:
         lookups.append(PromptLookup(floor))

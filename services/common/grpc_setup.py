@@ -1,4 +1,4 @@
-"""gRPC as every service uses it: limits, keepalive, health, reflection, and exceptions turned into statuses."""
+"""gRPC as every service uses it: limits, keepalive, TLS, health, reflection, and exceptions turned into statuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.common.lifecycle import Draining, Lifecycle, StartupError
+from services.common.tls import INSECURE, Security, Tls
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ MAX_RECONNECT_BACKOFF_MS = 1_000
 # Cancelled handlers get this long to clean up.
 STOP_GRACE_S = 1.0
 
-Options = tuple[tuple[str, int], ...]
+Options = tuple[tuple[str, int | str], ...]
 
 _MESSAGE_OPTIONS: Options = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -155,7 +157,7 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
 
 
 def aio_server(lifecycle: Lifecycle, exempt: frozenset[str] = frozenset()) -> grpc.aio.Server:
-    """A server whose calls are open work of the lifecycle; add the servicers, then start_grpc().
+    """A server whose calls are open work of the lifecycle; add the servicers, then enter serving_grpc().
 
     exempt: full names ("/package.Service/Method") of calls that the drain does not wait for: streams that last as long
     as their client. Their handlers return once `lifecycle.drain_started` is set. Health and reflection are exempt.
@@ -163,45 +165,86 @@ def aio_server(lifecycle: Lifecycle, exempt: frozenset[str] = frozenset()) -> gr
     return grpc.aio.server(interceptors=[_Interceptor(lifecycle, exempt)], options=SERVER_OPTIONS)
 
 
-async def start_grpc(
-    server: grpc.aio.Server, lifecycle: Lifecycle, host: str, port: int, services: Sequence[str]
-) -> int:
-    """Adds health and reflection for `services` (full names), binds and starts; returns the port.
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a service listens.
 
-    Every service, and the server as a whole (""), is SERVING from here to the drain.
+    port: 0 chooses a free one. health_port: of a second listener without TLS for health checks alone; 0: none.
+    """
+
+    host: str
+    port: int
+    health_port: int = 0
+
+
+@asynccontextmanager
+async def serving_grpc(
+    server: grpc.aio.Server, lifecycle: Lifecycle, endpoint: Endpoint, security: Security, services: Sequence[str]
+) -> AsyncIterator[int]:
+    """Adds health and reflection for `services` (full names), binds and serves; yields the port.
+
+    Every service, and the server as a whole (""), is SERVING from here to the drain. At the end new calls are refused
+    and those still open cancelled after STOP_GRACE_S.
 
     Raises:
-        StartupError: the address cannot be bound.
+        StartupError: an address cannot be bound.
     """
     health = grpc_health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     for service in services:
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([*services, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     tasks: list[asyncio.Task[None]] = []
     lifecycle.on_drain(lambda: tasks.append(asyncio.ensure_future(health.enter_graceful_shutdown())))
+    reflection.enable_server_reflection([*services, grpc_health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    servers = [server]
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    bound = _bind(server, endpoint.host, endpoint.port, security, "--port")
+    if endpoint.health_port:
+        probed = grpc.aio.server(options=SERVER_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(health, probed)
+        _bind(probed, endpoint.host, endpoint.health_port, INSECURE, "--health-port")
+        servers.append(probed)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        for each in servers:
+            await each.start()
+        log.info("listening", extra={"address": f"{endpoint.host}:{bound}", "tls": security is not INSECURE})
+        yield bound
+    finally:
+        for each in servers:
+            await each.stop(STOP_GRACE_S)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, security: Security, flag: str) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if security is INSECURE:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, security.server_credentials())
     except RuntimeError as error:
-        raise StartupError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from None
-    await server.start()
-    log.info("listening", extra={"address": f"{host}:{bound}"})
-    return bound
+        raise StartupError(f"cannot listen on {address} ({error}); choose another --host or {flag}") from None
 
 
-async def stop_grpc(server: grpc.aio.Server) -> None:
-    """Refuses new calls, cancels those still open after STOP_GRACE_S, and frees the port."""
-    await server.stop(STOP_GRACE_S)
+def aio_channel(address: str, security: Security) -> grpc.aio.Channel:
+    """An asyncio channel to HOST:PORT; connects at its first call, and again whenever the connection is lost.
+
+    With TLS it keeps the certificates of now; a new channel takes the newest.
+    """
+    if security is INSECURE:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, *_name_options(security))
+    return grpc.aio.secure_channel(address, security.channel_credentials(), options=options)
 
 
-def aio_channel(address: str) -> grpc.aio.Channel:
-    """An asyncio channel to HOST:PORT; connects at its first call, and again whenever the connection is lost."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-
-
-def channel(address: str) -> grpc.Channel:
+def channel(address: str, security: Security) -> grpc.Channel:
     """aio_channel() for threads."""
-    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if security is INSECURE:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, *_name_options(security))
+    return grpc.secure_channel(address, security.channel_credentials(), options=options)
+
+
+def _name_options(security: Tls) -> Options:
+    """The name that the peer's certificate must carry, where it is not the host of the address."""
+    return (("grpc.ssl_target_name_override", security.server_name),) if security.server_name else ()
 
 
 async def is_serving(connection: grpc.aio.Channel, service: str = "", timeout_s: float = 1.0) -> bool:

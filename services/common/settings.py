@@ -57,6 +57,32 @@ class ServiceSettings:
         "Port of the Prometheus endpoint /metrics; 0 serves none.", default=0, minimum=0, maximum=65535
     )
     drain_timeout_s: float = setting("Seconds that open work may take to end after SIGTERM.", default=30.0, minimum=0)
+    tls_cert: Path | None = setting(
+        "This service's certificate, PEM: shown to the other services, which check it against their --tls-ca.",
+        default=None,
+    )
+    tls_key: Path | None = setting("The key of the certificate, PEM, not encrypted.", default=None)
+    tls_ca: Path | None = setting(
+        "Certificates of the authority, PEM: other services must show a certificate that it signed.", default=None
+    )
+    insecure: bool = setting(
+        "Run without TLS between the services: whoever reaches them can use them and read along. For one machine.",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        files = {"--tls-cert": self.tls_cert, "--tls-key": self.tls_key, "--tls-ca": self.tls_ca}
+        given = [flag for flag, path in files.items() if path is not None]
+        missing = [flag for flag, path in files.items() if path is None]
+        if self.insecure and given:
+            raise SettingsError(f"both --insecure and {given[0]} are given; give --insecure or certificates")
+        if not self.insecure and not given:
+            raise SettingsError(
+                "no certificates: give --tls-cert, --tls-key and --tls-ca, or --insecure to run without TLS between "
+                "the services"
+            )
+        if given and missing:
+            raise SettingsError(f"{given[0]} is given without {' and '.join(missing)}; TLS needs all three files")
 
 
 @dataclass(frozen=True)

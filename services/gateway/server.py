@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.model_files import TOKENIZER_FILES, resolve_model, tokenizer_hash
+from services.common.tls import security_of
 from services.gateway.app import create_app
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import GatewayMetrics
@@ -52,7 +53,7 @@ async def _gateway(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIter
         raise StartupError(str(error)) from error
     metrics = GatewayMetrics(lifecycle.registry)
     verifier = Verifier(
-        VerifierClient(settings.verifier),
+        VerifierClient(settings.verifier, security_of(settings, settings.tls_server_name)),
         tokenizer_hash(folder),
         settings.connect_timeout_s,
         ResumePolicy(settings.resume_timeout_s, settings.resume_attempts),

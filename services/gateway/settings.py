@@ -15,6 +15,9 @@ class GatewaySettings(ServiceSettings):
     port: int = setting("Port to listen on; 0 chooses a free one.", default=8000, minimum=0, maximum=65535)
     model: str = setting("Folder or hub id of the model, for its tokenizer.")
     verifier: str = setting("HOST:PORT of the verifier.", default="127.0.0.1:50051")
+    tls_server_name: str = setting(
+        "Name that the verifier's certificate must carry; empty: the host of its address.", default=""
+    )
     redis_url: str = setting("Redis for the request records.", default="redis://127.0.0.1:6379/0")
     redis_timeout_s: float = setting("Seconds that Redis may take to answer.", default=1.0, minimum=0.01)
     record_ttl_s: int = setting("Seconds that a request record is kept after its last write.", default=3600, minimum=1)
@@ -29,6 +32,7 @@ class GatewaySettings(ServiceSettings):
     resume_attempts: int = setting("Most attempts to resume a generation after a loss.", default=20, minimum=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.record_ttl_s < self.request_timeout_s:
             raise SettingsError(
                 f"record_ttl_s is {self.record_ttl_s} and request_timeout_s {self.request_timeout_s:g}: a record must "

@@ -10,6 +10,7 @@ import grpc.aio
 
 from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
 from services.common.grpc_setup import aio_channel, is_serving
+from services.common.tls import Security
 from services.gateway.generation import (
     FinishReason,
     GenerationRequest,
@@ -38,9 +39,9 @@ class VerifierClient:
     Every method fails with a VerifierError; none retries. A verifier that comes back is found within a second.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: Security) -> None:
         self.address = address
-        self._channel = aio_channel(address)
+        self._channel = aio_channel(address, security)
         self._stub = verifier_pb2_grpc.VerifierStub(self._channel)
 
     async def close(self) -> None:

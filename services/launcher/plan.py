@@ -24,6 +24,8 @@ FREE_CHOICES = range(20_000, 30_000)
 FREE_ATTEMPTS = 20
 # Settings that `up` hands on to a service, unless the service's own table or environment gives them.
 SHARED = ("log_level", "log_format", "drain_timeout_s")
+# The services of one machine meet on loopback addresses, where nobody else listens: no certificates.
+ON_LOOPBACK = {"insecure": True, "tls_cert": None, "tls_key": None, "tls_ca": None}
 # What only the first of several speculators does, whatever their common table says.
 FIRST_SPECULATOR_ONLY = {"prompt_lookup": False, "suffix_index_tokens": 0, "metrics_port": 0}
 
@@ -73,7 +75,7 @@ class Planner:
         return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url), silent=True)
 
     def _speculator(self, index: int, address: str) -> Service:
-        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]}
+        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]} | ON_LOOPBACK
         command = self._command("speculator", decided, SHARED)
         if index:
             command += tuple(to_flags(FIRST_SPECULATOR_ONLY))
@@ -86,7 +88,7 @@ class Planner:
             "port": _port_of(address),
             "llm": self._settings.llm,
             "speculator": speculators,
-        }
+        } | ON_LOOPBACK
         return Service("verifier", self._command("verifier", decided, (*SHARED, "threads")), grpc_probe(address))
 
     def _gateway(self, port: int, verifier: str, redis: str) -> Service:
@@ -97,7 +99,7 @@ class Planner:
             "model": settings.llm,
             "verifier": verifier,
             "redis_url": redis,
-        }
+        } | ON_LOOPBACK
         probe = http_probe(f"http://{_reachable(settings.host)}:{port}/ready")
         return Service("gateway", self._command("gateway", decided, SHARED), probe)
 

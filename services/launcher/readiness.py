@@ -12,6 +12,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from services.common.grpc_setup import aio_channel, is_serving
+from services.common.tls import INSECURE
 
 # None when ready, else what is missing, in a few words.
 Probe = Callable[[], Coroutine[Any, Any, str | None]]
@@ -20,10 +21,10 @@ PROBE_TIMEOUT_S = 2.0
 
 
 def grpc_probe(address: str) -> Probe:
-    """Asks the health service of HOST:PORT."""
+    """Asks the health service of HOST:PORT, without TLS."""
 
     async def probe() -> str | None:
-        async with aio_channel(address) as connection:
+        async with aio_channel(address, INSECURE) as connection:
             return None if await is_serving(connection, timeout_s=PROBE_TIMEOUT_S) else f"{address} is not serving yet"
 
     return probe

@@ -17,10 +17,11 @@ import grpc
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
 from runtime.transformer import LoadOptions
-from services.common.grpc_setup import StatusError, aio_server, start_grpc, stop_grpc
+from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
+from services.common.tls import security_of
 from services.speculator.draft_service import DraftService
 from services.speculator.drafter import Drafter, DrafterSettings
 from services.speculator.lookup import OutputLookup, PromptLookup
@@ -108,6 +109,8 @@ async def _next_unless(
 @asynccontextmanager
 async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
     """Load the models, serve until the context ends."""
+    security = security_of(settings)
+    endpoint = Endpoint(settings.host, settings.port, settings.health_port)
     worker = ThreadPoolExecutor(1, "drafts", initializer=use_threads, initargs=(settings.threads,))
     loaded = await asyncio.get_running_loop().run_in_executor(worker, _load, settings)
     metrics = SpeculatorMetrics(lifecycle.registry)
@@ -118,10 +121,9 @@ async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIter
     servicer = Servicer(service, [model.facts for model in loaded], worker, lifecycle, metrics)
     add_SpeculatorServicer_to_server(servicer, server)
     try:
-        await start_grpc(server, lifecycle, settings.host, settings.port, (SERVICE,))
-        yield
+        async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
+            yield
     finally:
-        await stop_grpc(server)
         worker.shutdown()
 
 

@@ -14,6 +14,13 @@ class SpeculatorSettings(ServiceSettings):
 
     host: str = setting("Address to listen on.", default="127.0.0.1")
     port: int = setting("Port to listen on; 0 chooses a free one.", default=50052, minimum=0, maximum=65535)
+    health_port: int = setting(
+        "Port of a second listener without TLS that answers health checks and nothing else, for probes that have no "
+        "certificate; 0: none.",
+        default=0,
+        minimum=0,
+        maximum=65535,
+    )
     ssm: tuple[str, ...] = setting(
         "Folder or hub id of a small model; repeatable, all with the LLM's tokenizer. Without, look-up drafts alone.",
         default=(),
@@ -54,6 +61,7 @@ class SpeculatorSettings(ServiceSettings):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.ssm or self.prompt_lookup or self.suffix_index_tokens):
             raise SettingsError(
                 "nothing to draft with: give --ssm, or switch on prompt_lookup or suffix_index_tokens; to work without "

@@ -12,10 +12,11 @@ import grpc
 from protos import tree_pb2, verifier_pb2
 from protos.verifier_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
 from runtime.transformer import LoadOptions
-from services.common.grpc_setup import StatusError, aio_server, start_grpc, stop_grpc
+from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts, ModelMismatch
+from services.common.tls import Security, security_of
 from services.verifier import wire
 from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine, EngineStopped
@@ -90,6 +91,7 @@ def _failure(error: Exception) -> StatusError:
 @asynccontextmanager
 async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
     """Load the model, connect the speculators, serve until the context ends."""
+    security = security_of(settings, settings.tls_server_name)
     use_threads(settings.threads)
     options = LoadOptions(settings.device, settings.dtype, settings.kernels)
     loaded = await asyncio.to_thread(
@@ -103,20 +105,22 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterat
     )
     facts = loaded.facts
     metrics = VerifierMetrics(lifecycle.registry)
-    engine = _build_engine(settings, loaded, await _connect(settings, facts, metrics), metrics, lifecycle)
+    engine = _build_engine(settings, loaded, await _connect(settings, security, facts, metrics), metrics, lifecycle)
     server = aio_server(lifecycle)
     add_VerifierServicer_to_server(Servicer(engine, facts), server)
-    engine.start()
-    try:
-        await start_grpc(server, lifecycle, settings.host, settings.port, (SERVICE,))
-        yield
-    finally:
-        await asyncio.to_thread(engine.stop)
-        await stop_grpc(server)
+    endpoint = Endpoint(settings.host, settings.port, settings.health_port)
+    async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
+        engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.stop)  # before the server: what is open ends with UNAVAILABLE
 
 
-async def _connect(settings: VerifierSettings, facts: ModelFacts, metrics: VerifierMetrics) -> list[SpeculatorLink]:
-    links = [SpeculatorLink(address, facts, metrics) for address in settings.speculator]
+async def _connect(
+    settings: VerifierSettings, security: Security, facts: ModelFacts, metrics: VerifierMetrics
+) -> list[SpeculatorLink]:
+    links = [SpeculatorLink(address, security, facts, metrics) for address in settings.speculator]
     try:
         for link in links:
             if not await asyncio.to_thread(link.wait_connected, settings.speculator_wait_s):

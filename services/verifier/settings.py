@@ -15,9 +15,19 @@ class VerifierSettings(ServiceSettings):
 
     host: str = setting("Address to listen on.", default="127.0.0.1")
     port: int = setting("Port to listen on; 0 chooses a free one.", default=50051, minimum=0, maximum=65535)
+    health_port: int = setting(
+        "Port of a second listener without TLS that answers health checks and nothing else, for probes that have no "
+        "certificate; 0: none.",
+        default=0,
+        minimum=0,
+        maximum=65535,
+    )
     llm: str = setting("Folder or hub id of the large language model.")
     model_name: str = setting("Name to serve it under; empty for the folder's name or the hub id.", default="")
     speculator: tuple[str, ...] = setting("HOST:PORT of a speculator; repeatable.", default=())
+    tls_server_name: str = setting(
+        "Name that the speculators' certificates must carry; empty: the host of their address.", default=""
+    )
     speculator_wait_s: float = setting(
         "How long the start waits for each speculator; later it is tried again in the background.",
         default=20.0,
@@ -52,6 +62,7 @@ class VerifierSettings(ServiceSettings):
     draft_timeout_ms: int = setting("How long a step waits for its drafts.", default=500, minimum=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.acceptance is AcceptanceRule.GREEDY:
             raise SettingsError("acceptance is greedy; that rule is for requests of temperature 0, which always get it")
         if any(width < 1 for width in self.draft_width):

@@ -18,6 +18,7 @@ from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
 from services.common.grpc_setup import channel
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
+from services.common.tls import Security
 from services.verifier import wire
 from services.verifier.drafts import DraftOrder
 from services.verifier.metrics import VerifierMetrics
@@ -40,8 +41,9 @@ class SpeculatorLink:
     with another tokenizer is refused, again at each reconnection.
     """
 
-    def __init__(self, address: str, llm: ModelFacts, metrics: VerifierMetrics) -> None:
+    def __init__(self, address: str, security: Security, llm: ModelFacts, metrics: VerifierMetrics) -> None:
         self.address = address
+        self._security = security
         self._llm = llm
         self._metrics = metrics
         self._stream: _Stream | None = None
@@ -114,24 +116,25 @@ class SpeculatorLink:
 
     def _run(self) -> None:
         backoff = FIRST_BACKOFF_S
-        with channel(self.address) as connection:
-            while not self._closing.is_set():
-                started = time.monotonic()
-                try:
+        while not self._closing.is_set():
+            started = time.monotonic()
+            try:
+                # a channel for each attempt, so that it has the newest certificates
+                with channel(self.address, self._security) as connection:
                     self._connect_and_read(connection)
-                except ModelMismatch as error:
-                    self._mismatch = error
-                    log.error("speculator refused", extra={"at": self.address, "reason": str(error)})
-                    backoff = LONGEST_BACKOFF_S
-                except grpc.RpcError as error:
-                    log.warning("speculator unreachable", extra={"at": self.address, "reason": wire.status_of(error)})
-                self._metrics.speculator_up.labels(self.address).set(0)
-                if self._mismatch:
-                    self._settled.set()
-                if time.monotonic() - started > LONGEST_BACKOFF_S:
-                    backoff = FIRST_BACKOFF_S
-                self._closing.wait(backoff)
-                backoff = min(2 * backoff, LONGEST_BACKOFF_S)
+            except ModelMismatch as error:
+                self._mismatch = error
+                log.error("speculator refused", extra={"at": self.address, "reason": str(error)})
+                backoff = LONGEST_BACKOFF_S
+            except grpc.RpcError as error:
+                log.warning("speculator unreachable", extra={"at": self.address, "reason": wire.status_of(error)})
+            self._metrics.speculator_up.labels(self.address).set(0)
+            if self._mismatch:
+                self._settled.set()
+            if time.monotonic() - started > LONGEST_BACKOFF_S:
+                backoff = FIRST_BACKOFF_S
+            self._closing.wait(backoff)
+            backoff = min(2 * backoff, LONGEST_BACKOFF_S)
 
     def _connect_and_read(self, connection: grpc.Channel) -> None:
         """Connect, then pass responses on until the stream ends; grpc.RpcError when there is no connection."""

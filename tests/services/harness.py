@@ -19,6 +19,7 @@ from services.common.grpc_setup import channel
 from services.common.lifecycle import Lifecycle
 from services.common.service import Serve
 from services.common.settings import ServiceSettings
+from services.common.tls import INSECURE
 from services.speculator.server import serve as serve_speculator
 from services.speculator.settings import SpeculatorSettings
 from services.verifier.server import serve as serve_verifier
@@ -58,6 +59,7 @@ class Services:
             "port": port,
             "kv_memory": 0.01,
             "threads": 1,
+            "insecure": "tls_cert" not in settings,
         } | settings
         self._start(SpeculatorSettings(**values), serve_speculator)
         return f"127.0.0.1:{port}"
@@ -72,6 +74,7 @@ class Services:
             "max_draft_rows": 128,
             "kv_memory": 0.01,
             "threads": 1,
+            "insecure": "tls_cert" not in settings,
         } | settings
         registry = self._start(VerifierSettings(**values), serve_verifier)
         return Verifier(f"127.0.0.1:{port}", registry)
@@ -134,7 +137,7 @@ class Verifier:
 
     def generate(self, prompt: list[int], new_tokens: int, **options: Any) -> Generated:
         """Generate greedily unless `sampling` says otherwise; waits for the end."""
-        with channel(self.address) as connection:
+        with channel(self.address, INSECURE) as connection:
             responses = list(
                 VerifierStub(connection).Generate(request(prompt, new_tokens, **options), timeout=TIMEOUT_S)
             )
@@ -142,7 +145,7 @@ class Verifier:
         return Generated(tokens, responses[-1].finish_reason, responses[-1].llm_steps, responses)
 
     def info(self) -> tree_pb2.ModelInfo:
-        with channel(self.address) as connection:
+        with channel(self.address, INSECURE) as connection:
             return VerifierStub(connection).GetModelInfo(tree_pb2.ModelInfoRequest(), timeout=TIMEOUT_S)
 
     def metric(self, name: str, **labels: str) -> float:

@@ -14,10 +14,11 @@ import grpc
 
 from protos import verifier_pb2, verifier_pb2_grpc
 from protos.tree_pb2 import ModelInfo, ModelInfoRequest
-from services.common.grpc_setup import StatusError, aio_server, start_grpc, stop_grpc
+from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.service import run_service
 from services.common.settings import ServiceSettings, setting
+from services.common.tls import security_of
 
 PERIOD_S = 0.02
 SERVICE = "specserve.v1.Verifier"
@@ -28,6 +29,7 @@ class ExampleSettings(ServiceSettings):
     """An example of a service."""
 
     port: int = setting("Port to listen on.", default=0)
+    health_port: int = setting("Port of a listener for health checks alone.", default=0)
     load_s: float = setting("Seconds that the event loop stands still at the start.", default=0.0)
     refuse: bool = setting("Fail to start.", default=False)
     fail_after_s: float | None = setting("Seconds until a thread of the service fails.", default=None)
@@ -54,12 +56,12 @@ async def serve(settings: ExampleSettings, lifecycle: Lifecycle) -> AsyncIterato
         raise StartupError("it was told to fail")
     server = aio_server(lifecycle)
     verifier_pb2_grpc.add_VerifierServicer_to_server(ExampleVerifier(), server)
-    port = await start_grpc(server, lifecycle, "127.0.0.1", settings.port, [SERVICE])
-    print(f"port {port}", flush=True)
-    if settings.fail_after_s is not None:
-        threading.Timer(settings.fail_after_s, lifecycle.fail, [RuntimeError("the engine died")]).start()
-    yield
-    await stop_grpc(server)
+    endpoint = Endpoint("127.0.0.1", settings.port, settings.health_port)
+    async with serving_grpc(server, lifecycle, endpoint, security_of(settings), [SERVICE]) as port:
+        print(f"port {port}", flush=True)
+        if settings.fail_after_s is not None:
+            threading.Timer(settings.fail_after_s, lifecycle.fail, [RuntimeError("the engine died")]).start()
+        yield
     print("freed", flush=True)
 
 

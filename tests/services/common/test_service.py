@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import verifier_pb2, verifier_pb2_grpc
 from protos.tree_pb2 import ModelInfoRequest
 from services.common.grpc_setup import aio_channel, channel, is_serving
+from services.common.tls import INSECURE
 from tests.services.common.example_service import SERVICE
 
 TIMEOUT_S = 10.0
@@ -29,7 +30,12 @@ def start() -> Iterator[Start]:
 
     def start_example(*flags: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.services.common.example_service", *flags],
+            [
+                sys.executable,
+                "-m",
+                "tests.services.common.example_service",
+                *(flags if "--tls-cert" in flags else ("--insecure", *flags)),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -56,7 +62,7 @@ def stub_of(connection: grpc.Channel) -> verifier_pb2_grpc.VerifierStub:
 
 def test_a_drain_finishes_open_calls_refuses_new_ones_and_exits_with_0(start: Start) -> None:
     process = start()
-    with channel(f"127.0.0.1:{port_of(process)}") as connection:
+    with channel(f"127.0.0.1:{port_of(process)}", INSECURE) as connection:
         health: Any = health_pb2_grpc.HealthStub(connection)  # its type stub lacks the calls
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -77,7 +83,7 @@ def test_a_drain_finishes_open_calls_refuses_new_ones_and_exits_with_0(start: St
 
 def test_a_drain_that_runs_out_of_time_cancels_what_is_open(start: Start) -> None:
     process = start("--drain-timeout-s", "0.1")
-    with channel(f"127.0.0.1:{port_of(process)}") as connection:
+    with channel(f"127.0.0.1:{port_of(process)}", INSECURE) as connection:
         call = stub_of(connection).Generate(verifier_pb2.GenerateRequest(max_new_tokens=100_000), timeout=TIMEOUT_S)
         next(call)
         process.send_signal(signal.SIGINT)
@@ -91,7 +97,7 @@ def test_a_drain_that_runs_out_of_time_cancels_what_is_open(start: Start) -> Non
 
 def test_a_second_signal_exits_at_once(start: Start) -> None:
     process = start("--drain-timeout-s", "60")
-    with channel(f"127.0.0.1:{port_of(process)}") as connection:
+    with channel(f"127.0.0.1:{port_of(process)}", INSECURE) as connection:
         call = stub_of(connection).Generate(verifier_pb2.GenerateRequest(max_new_tokens=100_000), timeout=TIMEOUT_S)
         next(call)
         process.send_signal(signal.SIGINT)
@@ -133,7 +139,7 @@ def test_a_failure_while_serving_drains_and_exits_with_1(start: Start) -> None:
 
 
 def test_exceptions_become_statuses(start: Start) -> None:
-    with channel(f"127.0.0.1:{port_of(start())}") as connection:
+    with channel(f"127.0.0.1:{port_of(start())}", INSECURE) as connection:
         with pytest.raises(grpc.RpcError) as full:
             next(stub_of(connection).Generate(verifier_pb2.GenerateRequest(), timeout=TIMEOUT_S))
         assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -149,7 +155,7 @@ def test_exceptions_become_statuses(start: Start) -> None:
 
 def test_is_serving_tells_a_live_server_from_an_empty_port(start: Start, free_port: Callable[[], int]) -> None:
     async def ask(port: int, service: str = "") -> bool:
-        async with aio_channel(f"127.0.0.1:{port}") as connection:
+        async with aio_channel(f"127.0.0.1:{port}", INSECURE) as connection:
             return await is_serving(connection, service)
 
     port = port_of(start())

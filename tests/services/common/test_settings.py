@@ -43,7 +43,9 @@ def load(
         assert folder is not None
         config = folder / "config.toml"
         config.write_text(toml)
-    return load_settings(Example, "verifier", flags={"llm": "m", **flags}, config=config, environ=environ or {})
+    return load_settings(
+        Example, "verifier", flags={"llm": "m", "insecure": True, **flags}, config=config, environ=environ or {}
+    )
 
 
 def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(tmp_path: Path) -> None:
@@ -87,6 +89,7 @@ def test_every_type_from_every_source(tmp_path: Path) -> None:
         cache=Path("/c"),
         dtype="bfloat16",
         rule=Rule.NAIVE,
+        insecure=True,
     )
     environ = {f"SPECSERVE_VERIFIER_{key.upper()}": value for key, value in texts.items()}
     flags: dict[str, Any] = texts | {"speculator": ["a:1", "b:2"], "widths": ["2", "1"], "verbose": True}
@@ -102,6 +105,7 @@ def test_flags_made_from_values_give_the_same_values(capsys: pytest.CaptureFixtu
         "verbose": False,
         "cache": None,
         "rule": Rule.NAIVE,
+        "insecure": True,
     }
     seen: list[Example] = []
 
@@ -112,7 +116,7 @@ def test_flags_made_from_values_give_the_same_values(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as exit_:
         run_command(Example, "verifier", run, to_flags(values))
     assert exit_.value.code == 7
-    assert seen == [Example(llm="m", draft_nodes=3, speculator=("a:1", "b:2"), rule=Rule.NAIVE)]
+    assert seen == [Example(llm="m", draft_nodes=3, speculator=("a:1", "b:2"), rule=Rule.NAIVE, insecure=True)]
 
 
 @pytest.mark.parametrize(
@@ -159,10 +163,26 @@ def test_a_missing_setting_says_how_to_give_it() -> None:
         assert way in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"insecure": False}, "no certificates: give --tls-cert, --tls-key and --tls-ca, or --insecure"),
+        ({"tls_ca": "/ca"}, "both --insecure and --tls-ca are given; give --insecure or certificates"),
+        ({"insecure": False, "tls_cert": "/c"}, "--tls-cert is given without --tls-key and --tls-ca"),
+        ({"insecure": False, "tls_cert": "/c", "tls_ca": "/ca"}, "--tls-cert is given without --tls-key;"),
+    ],
+)
+def test_certificates_or_insecure(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load(**flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_the_environment_names_the_file(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("[verifier]\nllm = 'from the file'\n[gateway]\nport = 1\n")
-    settings = load_settings(Example, "verifier", environ={"SPECSERVE_CONFIG": str(config)})
+    settings = load_settings(Example, "verifier", flags={"insecure": True}, environ={"SPECSERVE_CONFIG": str(config)})
     assert settings.llm == "from the file"
 
 

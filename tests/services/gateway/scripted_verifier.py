@@ -18,8 +18,9 @@ import grpc
 import grpc.aio
 
 from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
-from services.common.grpc_setup import StatusError, aio_server, start_grpc
+from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle
+from services.common.tls import INSECURE, Security
 
 Request = verifier_pb2.GenerateRequest
 Response = verifier_pb2.GenerateResponse
@@ -133,16 +134,14 @@ def _logprob(token: int, request: Request) -> verifier_pb2.TokenLogprob:
 
 
 @asynccontextmanager
-async def running(servicer: ScriptedVerifier, port: int = 0) -> AsyncIterator[int]:
+async def running(servicer: ScriptedVerifier, port: int = 0, security: Security = INSECURE) -> AsyncIterator[int]:
     """The verifier as a gRPC server on loopback; yields the port."""
     lifecycle = Lifecycle()
     server = aio_server(lifecycle)
     verifier_pb2_grpc.add_VerifierServicer_to_server(servicer, server)
-    bound = await start_grpc(server, lifecycle, "127.0.0.1", port, ("specserve.v1.Verifier",))
-    try:
+    endpoint = Endpoint("127.0.0.1", port)
+    async with serving_grpc(server, lifecycle, endpoint, security, ("specserve.v1.Verifier",)) as bound:
         yield bound
-    finally:
-        await server.stop(None)
 
 
 async def _main(port: int, facts: Facts, reply: Sequence[int], delay_s: float) -> None:

@@ -19,7 +19,7 @@ from tests.services.gateway.conftest import RunningGateway, wait_until
 @contextmanager
 def gateway_process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.gateway", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "services.gateway", "--insecure", *arguments], stderr=subprocess.PIPE, text=True
     )
     try:
         yield process
@@ -105,7 +105,7 @@ def test_what_stops_the_start_is_one_line(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{")
     names = {"BROKEN": str(tmp_path), "MODEL": str(byte_level_folder), "TAKEN": gateway.url.rsplit(":", 1)[1]}
-    command = [sys.executable, "-m", "services.gateway", *(names.get(flag, flag) for flag in flags)]
+    command = [sys.executable, "-m", "services.gateway", "--insecure", *(names.get(flag, flag) for flag in flags)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert process.returncode == 1
     assert message in process.stderr.splitlines()[-1]

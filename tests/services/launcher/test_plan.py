@@ -50,6 +50,7 @@ def test_the_services_are_told_of_each_other(settings: UpSettings) -> None:
     assert gateway["--verifier"] == [f"127.0.0.1:{verifier['--port'][0]}"]
     assert gateway["--redis-url"] == ["unix:///run/example/redis.sock"]
     assert plan.url == f"http://127.0.0.1:{gateway['--port'][0]}"
+    assert all("--insecure" in part for part in (speculator, verifier, gateway))
     ports = {part["--port"][0] for part in (speculator, verifier, gateway)}
     assert len(ports) == 3
     assert "0" not in ports
@@ -132,6 +133,8 @@ def test_shared_settings_reach_each_service_that_does_not_give_its_own(settings:
 def test_a_service_setting_that_up_decides_is_refused(settings: UpSettings) -> None:
     with pytest.raises(SettingsError, match=r"port of \[gateway\] is decided by `specserve up`"):
         make(settings, environ={"SPECSERVE_GATEWAY_PORT": "9000"})
+    with pytest.raises(SettingsError, match=r"tls_cert of \[verifier\] is decided by `specserve up`"):
+        make(settings, environ={"SPECSERVE_VERIFIER_TLS_CERT": "/cert.pem"})
 
 
 def test_a_taken_port_is_named_before_anything_starts(settings: UpSettings) -> None:

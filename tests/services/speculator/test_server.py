@@ -11,6 +11,7 @@ from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
+from services.common.tls import INSECURE
 from services.common.tree_wire import sampling_to_wire
 from speculation.calibration import CALIBRATION_FILE, Calibration
 from speculation.sampling import SamplingParams
@@ -35,7 +36,7 @@ def draft(address: str, nodes: int) -> list[tree_pb2.TokenTree]:
     message.draft.add(
         sequence_id=1, max_nodes=nodes, max_depth=1, widths=[nodes], selection=speculator_pb2.CHILD_SELECTION_TOP
     )
-    with channel(address) as connection:
+    with channel(address, INSECURE) as connection:
         response = next(SpeculatorStub(connection).Speculate(iter([message]), timeout=TIMEOUT_S))
     return list(response.drafts[0].trees)
 

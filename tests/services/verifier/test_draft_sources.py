@@ -17,6 +17,7 @@ from protos.verifier_pb2_grpc import VerifierStub
 from services.common.grpc_setup import channel
 from services.common.model_facts import TOKENIZER_METADATA
 from services.common.settings import SettingsError
+from services.common.tls import INSECURE
 from speculation.acceptance import AcceptanceRule
 from tests.services.harness import Services, Verifier, request, services, status_of
 from tests.tiny_models import VOCAB, hugging_face_texts, write_model
@@ -111,7 +112,7 @@ def test_a_repeated_request_is_found_in_the_suffix_index(llm: Path, running: Ser
 
 def test_a_speculator_without_models_announces_none_and_drafts(llm: Path, running: Services) -> None:
     address = running.speculator()
-    with channel(address) as connection:
+    with channel(address, INSECURE) as connection:
         assert not SpeculatorStub(connection).ListModels(tree_pb2.ModelInfoRequest(), timeout=30).models
     verifier = running.verifier(llm, address, acceptance=AcceptanceRule.MSS)
     assert verifier.metric("speculator_up", speculator=address) == 1
@@ -136,7 +137,7 @@ def test_look_up_is_refused_to_a_verifier_of_another_tokenizer(llm: Path, tmp_pa
     verifier.generate(PROMPTS[2], NEW_TOKENS)
     assert stranger.metric("drafts_total") == 0
     assert verifier.metric("drafts_total") > 0
-    with channel(address) as connection:
+    with channel(address, INSECURE) as connection:
         call = SpeculatorStub(connection).Speculate(iter([]), metadata=((TOKENIZER_METADATA, f"{VOCAB}:beef"),))
         with pytest.raises(grpc.RpcError) as caught:
             list(call)
@@ -149,7 +150,7 @@ def test_a_client_that_leaves_closes_its_sessions_and_hurts_nobody(
     llm: Path, ssms: list[Path], expected: list[list[int]], running: Services
 ) -> None:
     verifier = running.verifier(llm, running.speculator(ssms[0]))
-    with channel(verifier.address) as connection:
+    with channel(verifier.address, INSECURE) as connection:
         for _ in range(3):
             call = VerifierStub(connection).Generate(request(PROMPTS[0], 200), timeout=30)
             next(call)
@@ -159,7 +160,7 @@ def test_a_client_that_leaves_closes_its_sessions_and_hurts_nobody(
 
 
 def test_an_unknown_sequence_is_no_sequence_of_any_source(running: Services) -> None:
-    with channel(running.speculator()) as connection:
+    with channel(running.speculator(), INSECURE) as connection:
         message = speculator_pb2.SpeculateRequest(step=4, close=[8])
         message.advance.add(sequence_id=7, token_ids=[1])
         message.draft.add(sequence_id=9, max_nodes=4, max_depth=2, selection=speculator_pb2.CHILD_SELECTION_TOP)

@@ -19,6 +19,7 @@ from runtime.transformer import Transformer
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.model_files import tokenizer_hash
+from services.common.tls import INSECURE
 from services.verifier import speculator_link
 from tests.ports import free_port
 from tests.services.harness import Services, Verifier, request, services, status_of
@@ -84,7 +85,7 @@ def test_a_cancelled_call_frees_its_kv_and_its_draft_session(llm: Path, ssms: li
     with scripted_speculator(llm, recorder) as address:
         verifier = running.verifier(llm, address)
         free = verifier.metric("kv_free_blocks")
-        with channel(verifier.address) as connection:
+        with channel(verifier.address, INSECURE) as connection:
             call = VerifierStub(connection).Generate(request(PROMPT, 200), timeout=TIMEOUT_S)
             next(call)
             call.cancel()
@@ -110,7 +111,7 @@ def test_a_speculator_never_hears_of_a_request_without_speculation(llm: Path, ru
 def test_everything_cancelled_between_two_steps_fails_nobody(llm: Path, running: Services) -> None:
     verifier = running.verifier(llm, max_sequences=2)
     expected = hugging_face_greedy(llm, PROMPT, 5)
-    with channel(verifier.address) as connection, ThreadPoolExecutor(2) as pool:
+    with channel(verifier.address, INSECURE) as connection, ThreadPoolExecutor(2) as pool:
         for _ in range(20):
             calls = [VerifierStub(connection).Generate(request(PROMPT, 200), timeout=TIMEOUT_S) for _ in range(2)]
             following = pool.submit(verifier.generate, PROMPT, 5)
@@ -139,7 +140,7 @@ def test_a_failing_step_fails_its_requests_and_no_others(
 def test_a_stopping_verifier_lets_another_go_on(llm: Path) -> None:
     with services() as started:
         verifier = started.verifier(llm, drain_timeout_s=0.0)
-        with channel(verifier.address) as connection:
+        with channel(verifier.address, INSECURE) as connection:
             call = VerifierStub(connection).Generate(request(PROMPT, 250), timeout=TIMEOUT_S)
             next(call)
             started.close()

@@ -110,7 +110,7 @@ def test_too_little_kv_memory_for_all_preempts_and_stays_lossless(
 
 def test_a_speculator_killed_in_the_middle_costs_speed_only(llm: Path, ssms: list[Path], running: Services) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "services.speculator", "--ssm", str(ssms[0]), "--port", str(port)]
+    command = [sys.executable, "-m", "services.speculator", "--insecure", "--ssm", str(ssms[0]), "--port", str(port)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         verifier = running.verifier(llm, f"127.0.0.1:{port}", speculator_wait_s=60)
