@@ -29,16 +29,22 @@ class CachedSequence:
 
 
 class KVCache:
-    """Keys and values of all sequences: `data` is [layers, 2, blocks * BLOCK_SIZE, kv_heads, head_dim].
+    """Keys and values of all sequences: `data` is [layers, 2, (blocks + 1) * BLOCK_SIZE, kv_heads, head_dim].
+
+    The last block is nobody's: rows that only pad a step write to its first slot, `scratch_slot`.
 
     Entry e of a sequence is in slot `blocks[e // BLOCK_SIZE] * BLOCK_SIZE + e % BLOCK_SIZE`.
     """
 
     def __init__(self, config: ModelConfig, blocks: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.layers, 2, blocks * BLOCK_SIZE, config.kv_heads, config.head_dim)
+        shape = (config.layers, 2, (blocks + 1) * BLOCK_SIZE, config.kv_heads, config.head_dim)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self.blocks = blocks
         self._free = list(range(blocks - 1, -1, -1))
+
+    @property
+    def scratch_slot(self) -> int:
+        return self.blocks * BLOCK_SIZE
 
     @property
     def free_blocks(self) -> int:

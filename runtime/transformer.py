@@ -16,9 +16,10 @@ from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
 from kernels.draft_loop.native import GrownTree, NativeDraftLoop, TreeBounds
 from kernels.packed_linear.native import NativeLinear
-from runtime.batch import FlatBatch
+from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig, inverse_frequencies, read_config
 from runtime.kv_cache import BLOCK_SIZE, CachedSequence, CacheFull, KVCache, blocks_from_memory, longest_sequence_blocks
+from runtime.step_graph import StepGraphs, cuda_capture
 from runtime.weights import Checkpoint, LayerWeights, ModelWeights, load_weights, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,6 +62,7 @@ class Transformer:
         self._head = backend.pack_linear(weights.head)
         self._cos, self._sin = _rotary_tables(config, device)
         self._draft_loop = self._native_draft_loop()
+        self._graphs: StepGraphs | None = None
 
     @classmethod
     def load(cls, folder: Path, options: LoadOptions) -> Transformer:
@@ -92,7 +94,10 @@ class Transformer:
             raise CacheFull(
                 f"{blocks} KV blocks are too few for one sequence of full context; give at least {smallest}"
             )
-        return KVCache(self.config, blocks, self.device, self.activation_dtype)
+        cache = KVCache(self.config, blocks, self.device, self.activation_dtype)
+        if self.device.type == "cuda" and self.backend.name == "triton":
+            self._graphs = StepGraphs(self, cache, cuda_capture(self.device))
+        return cache
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
@@ -121,6 +126,22 @@ class Transformer:
         """Next-token logits of some rows: hidden [rows, hidden] -> float32 [rows, vocab]."""
         normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
         return self._head(normed).float()
+
+    @torch.inference_mode()
+    def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
+        """Compute the segments' rows and return the next-token logits of some of them, float32 [len(rows), vocab].
+
+        Every cache must have the blocks that its rows write. The result may be overwritten by the next step.
+        """
+        graphs = self._graphs
+        if graphs is not None and graphs.cache is cache and (shape := graphs.shape_of(segments)) is not None:
+            return graphs.step(shape, segments, rows)
+        hidden = self.forward(FlatBatch.of(segments, self.device), cache)
+        if not rows:
+            return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        if len(rows) < len(hidden):
+            hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+        return self.logits(hidden)
 
     @property
     def grows_trees(self) -> bool:

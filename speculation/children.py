@@ -64,10 +64,10 @@ class ChildPolicy:
         return cls(selection, params.seed, stream, temperature, calibration.disagreement)
 
 
-def rank_children(
-    policy: ChildPolicy, log_probs: torch.Tensor, position: int, width: int
-) -> tuple[list[list[int]], list[list[float]]]:
+def rank_children(policy: ChildPolicy, log_probs: torch.Tensor, position: int, width: int) -> torch.Tensor:
     """The `width` first children of each row of log_probs [n, vocab], best or drawn first, and their confidences.
+
+    Returns float64 [2, n, width], token ids and confidences, on the device of log_probs: one tensor, one copy back.
 
     A confidence is the log of the estimated probability that the child is the token that will be accepted, given that
     its parent is; -inf where the row has no such child. In every row they fall.
@@ -88,7 +88,7 @@ def rank_children(
         confidences = _softened(scores, best.values, policy.temperature)
     else:
         confidences = best.values  # normalised as they are
-    return best.indices.tolist(), confidences.tolist()
+    return torch.stack((best.indices.double(), confidences.double()))
 
 
 def _softened(scores: torch.Tensor, best: torch.Tensor, scale: float) -> torch.Tensor:

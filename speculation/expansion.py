@@ -70,8 +70,8 @@ class Expansion(ABC):
         ancestors = [self._masks.get(self._parents[node], 0) for node in self._frontier]
         return [mask | 1 << first + index for index, mask in enumerate(ancestors)]
 
-    def extend(self, log_probs: torch.Tensor) -> None:
-        """Add the children of the frontier.
+    def rank(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """What `extend` wants to know of the frontier's distributions, on their device: see rank_children.
 
         log_probs: float32 [len(frontier), vocab], row for row the distribution behind the frontier's nodes as
             LogitsPipeline.draft_log_probs gives it.
@@ -82,12 +82,23 @@ class Expansion(ABC):
         frontier = self._frontier
         if log_probs.dim() != 2 or len(log_probs) != len(frontier) or not frontier:
             raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}; the frontier has {len(frontier)} nodes")
+        depth = self._depths[frontier[0]]
+        width = min(self._level_width(depth), log_probs.shape[1])
+        return rank_children(self._policy, log_probs, self._position + depth, width)
+
+    def extend(self, log_probs: torch.Tensor, ranking: torch.Tensor | None = None) -> None:
+        """Add the children of the frontier.
+
+        log_probs: as for `rank`. ranking: what `rank` gave for them, on the host; None to have it computed here, which
+            costs a copy from the device for each tree.
+        """
+        ranking = self.rank(log_probs) if ranking is None else ranking
+        token_ids, confidences = ranking.tolist()
+        frontier = self._frontier
         for node, mask in zip(frontier, self.frontier_masks(), strict=True):
             self._masks[node] = mask
         self.evaluated.extend(frontier)
         depth = self._depths[frontier[0]]
-        width = min(self._level_width(depth), log_probs.shape[1])
-        token_ids, confidences = rank_children(self._policy, log_probs, self._position + depth, width)
         # Rounding must not make a child surer than its parent.
         scores = [
             [self._confidences[node] + min(confidence, 0.0) for confidence in row if confidence > -math.inf]
@@ -97,7 +108,7 @@ class Expansion(ABC):
         for row, count in enumerate(self._share(depth, scores)):
             if count and self._policy.selection is ChildSelection.SAMPLED:
                 self._distributions[frontier[row]] = log_probs[row].exp()
-            self.token_ids.extend(token_ids[row][:count])
+            self.token_ids.extend(map(int, token_ids[row][:count]))
             self._confidences.extend(scores[row][:count])
             self._parents.extend([frontier[row]] * count)
         added = range(first, len(self.token_ids))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
 from kernels.draft_loop.native import TreeBounds
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import Segment
 from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
 from runtime.transformer import Transformer
 from speculation.calibration import Calibration
@@ -117,7 +118,7 @@ class Drafter:
         level = [session for session, _ in growing if _growing(session).frontier()]
         log_probs = self._roots(level)
         while level:
-            level = [session for session, rows in zip(level, log_probs, strict=True) if _extend(session, rows)]
+            level = _extend(level, log_probs)
             log_probs = self._frontiers(level)
         return {order.key: _growing(session).build() for session, order in growing}
 
@@ -184,16 +185,16 @@ class Drafter:
         """Compute the tokens that are not in the cache yet; log-probabilities behind each root, [1, vocab] each."""
         behind = [session for session in sessions if self._uncomputed(session) > self.settings.prefill_chunk]
         while behind:
-            self._forward([self._chunk(session) for session in behind])
+            self.model.step([self._chunk(session) for session in behind], [], self.cache)
             behind = [session for session in behind if self._uncomputed(session) > self.settings.prefill_chunk]
         if not sessions:
             return []
         segments = [self._chunk(session) for session in sessions]
-        hidden = self._forward(segments)
+        last = [end - 1 for end in accumulate(len(segment.token_ids) for segment in segments)]
+        logits = self.model.step(segments, last, self.cache)
         for session in sessions:
             session.cache.length = len(session.tokens) - 1  # the root's entry is the first of the tree's
-        last = torch.tensor([len(segment.token_ids) for segment in segments], device=hidden.device).cumsum(0) - 1
-        return self._log_probs(sessions, hidden[last], [1] * len(sessions))
+        return self._log_probs(sessions, logits, [1] * len(sessions))
 
     def _uncomputed(self, session: Session) -> int:
         return len(session.tokens) - session.cache.length
@@ -209,16 +210,13 @@ class Drafter:
         if not sessions:
             return []
         segments = [_frontier_segment(session) for session in sessions]
-        return self._log_probs(sessions, self._forward(segments), [len(segment.token_ids) for segment in segments])
+        counts = [len(segment.token_ids) for segment in segments]
+        return self._log_probs(sessions, self.model.step(segments, range(sum(counts)), self.cache), counts)
 
-    def _forward(self, segments: list[Segment]) -> torch.Tensor:
-        return self.model.forward(FlatBatch.of(segments, self.model.device), self.cache)
-
-    def _log_probs(self, sessions: list[Session], hidden: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-        logits = self.model.logits(hidden).split(counts)
+    def _log_probs(self, sessions: list[Session], logits: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         return [
             session.pipeline.draft_log_probs(rows, _frontier_paths(session))
-            for session, rows in zip(sessions, logits, strict=True)
+            for session, rows in zip(sessions, logits.split(counts), strict=True)
         ]
 
     def _keep(self, session: Session, slots: Sequence[int]) -> None:
@@ -232,11 +230,16 @@ class Drafter:
         session.expansion = None
 
 
-def _extend(session: Session, log_probs: torch.Tensor) -> bool:
-    """Grow a session's tree by one level; whether it wants another."""
-    expansion = _growing(session)
-    expansion.extend(log_probs)
-    return bool(expansion.frontier())
+def _extend(sessions: list[Session], log_probs: list[torch.Tensor]) -> list[Session]:
+    """Grow the sessions' trees by one level; those that want another.
+
+    The children of all sessions come back from the device in one copy.
+    """
+    ranked = [_growing(session).rank(rows) for session, rows in zip(sessions, log_probs, strict=True)]
+    numbers = torch.cat([ranking.flatten() for ranking in ranked]).cpu().split([r.numel() for r in ranked])
+    for session, rows, flat, ranking in zip(sessions, log_probs, numbers, ranked, strict=True):
+        _growing(session).extend(rows, flat.view(ranking.shape))
+    return [session for session in sessions if _growing(session).frontier()]
 
 
 def _frontier_segment(session: Session) -> Segment:

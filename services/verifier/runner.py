@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import Segment
 from runtime.kv_cache import KVCache, slot
 from runtime.transformer import Transformer
 from services.verifier.scheduler import SequencePlan
@@ -44,8 +45,8 @@ class Runner:
         attends, layer by layer.
         """
         segments: list[Segment] = []
-        tree_spans: list[tuple[int, range]] = []
-        chunk_spans: list[tuple[int, range]] = []
+        trees: list[tuple[int, range]] = []
+        chunks: list[tuple[int, range]] = []
         rows = 0
         for plan in plans:
             sequence = plan.sequence
@@ -53,30 +54,24 @@ class Runner:
                 segments.append(_chunk(plan))
                 span = range(rows, rows := rows + len(segments[-1].token_ids))
                 if not sequence.prompt_logprobs_sent:
-                    chunk_spans.append((sequence.id, span))
+                    chunks.append((sequence.id, span))
             if plan.decodes:
                 segments.append(_tree(plan, drafts[sequence.id]))
-                tree_spans.append((sequence.id, range(rows, rows := rows + len(segments[-1].token_ids))))
-        hidden = self.model.forward(FlatBatch.of(segments, self.model.device), self.cache)
+                trees.append((sequence.id, range(rows, rows := rows + len(segments[-1].token_ids))))
+        logits = self.model.step(segments, [row for _, span in trees + chunks for row in span], self.cache)
         for plan in plans:
             plan.sequence.cache.length = plan.chunk_end
-        trees, starts = self._head(hidden, tree_spans)
-        chunks = {sequence_id: self._head(hidden, [(sequence_id, span)])[0] for sequence_id, span in chunk_spans}
-        return StepLogits(rows, trees, starts, chunks)
-
-    def _head(self, hidden: torch.Tensor, spans: list[tuple[int, range]]) -> tuple[torch.Tensor, dict[int, int]]:
-        """Logits of the spans' rows, one behind the other, and where each span starts among them."""
-        rows = [row for _, span in spans for row in span]
-        starts: dict[int, int] = {}
-        first = 0
-        for sequence_id, span in spans:
-            starts[sequence_id] = first
-            first += len(span)
-        if len(rows) < len(hidden):
-            hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]
-        if not rows:
-            return hidden.new_empty(0, self.model.config.vocab_size, dtype=torch.float32), starts
-        return self.model.logits(hidden), starts
+        starts = _starts(trees + chunks)
+        in_trees = sum(len(span) for _, span in trees)
+        return StepLogits(
+            rows=rows,
+            trees=logits[:in_trees],
+            tree_starts=dict(zip((sequence_id for sequence_id, _ in trees), starts, strict=False)),
+            chunks={
+                sequence_id: logits[start : start + len(span)]
+                for (sequence_id, span), start in zip(chunks, starts[len(trees) :], strict=True)
+            },
+        )
 
     def keep(self, accepted: Sequence[tuple[RunningSequence, tuple[int, ...]]]) -> None:
         """Commit the KV of roots and accepted nodes; free what else the trees wrote.
@@ -95,6 +90,11 @@ class Runner:
         self.model.compact(self.cache, sources, targets)
         for sequence, _ in accepted:
             self.cache.trim(sequence.cache)
+
+
+def _starts(spans: Sequence[tuple[int, range]]) -> list[int]:
+    """Where each span starts when they stand one behind the other."""
+    return list(accumulate((len(span) for _, span in spans), initial=0))[:-1]
 
 
 def _chunk(plan: SequencePlan) -> Segment:

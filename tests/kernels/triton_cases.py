@@ -6,6 +6,7 @@ Triton decides at its import which of the two it is, so that these cases need a 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -28,10 +29,16 @@ from kernels.rotated_write import triton as triton_write
 from kernels.tree_attention import reference as reference_attention
 from kernels.tree_attention import triton as triton_attention
 from kernels.tree_attention.tiling import Tiling, choose_tiling
+from runtime.kv_cache import KVCache
+from runtime.step_graph import StepGraphs, plain_call
+from runtime.transformer import LoadOptions, Transformer
 from tests.kernels import test_decoder_blocks as layers
 from tests.kernels.problems import Problem, Shape, make_problem
+from tests.runtime.test_step_graph import run_steps
+from tests.tiny_models import write_model
 
 T = TypeVar("T", AttentionWeights, MlpWeights, AttentionBatch)
+GPU = torch.device("cuda")
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -192,7 +199,7 @@ def test_rotated_write(rows: int, heads: int, kv_heads: int, head_dim: int, dtyp
 def test_a_layer_equals_torch(layer: layers.Layer, residual: bool) -> None:
     attention, mlp = layers.attention_weights(layer), layers.mlp_weights(layer)
     caches = layers.empty_kv(layer), layers.empty_kv(layer).to(DEVICE)
-    reference, triton_backend = choose_backend(torch.device("cpu"), "torch"), choose_backend(torch.device("cuda"))
+    reference, triton_backend = choose_backend(torch.device("cpu"), "torch"), choose_backend(GPU)
     assert triton_backend.name == "triton"
     for batch in (layers.prompt_batch(layer, 0, 13), layers.tree_batch(layer, 13, layers.PARENTS)):
         hidden = torch.randn(batch.rows, layer.hidden)
@@ -209,6 +216,20 @@ def moved(arguments: T) -> T:
     """The dataclass with its tensors on the device."""
     tensors = {name: item.to(DEVICE) for name, item in vars(arguments).items() if isinstance(item, torch.Tensor)}
     return replace(arguments, **tensors)  # type: ignore[arg-type]  # a mapping has lost which field is which
+
+
+def test_padded_steps_of_a_model_equal_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel in its place, on the shapes that are captured in graphs."""
+    folder = write_model(tmp_path / "model", "qwen3")
+    reference = Transformer.load(folder, LoadOptions(device="cpu", kernels="torch"))
+    monkeypatch.setattr("runtime.transformer.choose_backend", lambda device, kernels: choose_backend(GPU, "triton"))
+    model = Transformer.load(folder, LoadOptions(device=DEVICE, dtype="float32"))
+    assert model.backend.name == "triton"
+    caches = [KVCache(m.config, 64, m.device, torch.float32) for m in (reference, model)]
+    expected = run_steps(reference, caches[0], None, sizes=(1, 3, 6))
+    actual = run_steps(model, caches[1], StepGraphs(model, caches[1], plain_call), sizes=(1, 3, 6))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_wide_cache_takes_narrow_projections() -> None:
