@@ -104,47 +104,54 @@ def security_of(settings: ServiceSettings, server_name: str = "") -> Security:
 
 def read_identity(files: TlsFiles) -> Identity:
     """The files' content; StartupError names the file that is unreadable, no PEM, out of its time or another's key."""
-    cert, key, ca = (_read(name, path) for name, path in vars(files).items())
-    chain = _certificates("cert", files.cert, cert)
-    _certificates("ca", files.ca, ca)
+    cert, key = _read("--tls-cert", files.cert), _read("--tls-key", files.key)
+    ca = _read("--tls-ca", files.ca)
+    _certificates("--tls-ca", files.ca, ca)
+    leaf = _check_pair("tls", files.cert, cert, files.key, key)
+    return Identity(cert, key, ca, leaf.not_valid_after_utc)
+
+
+def check_https(cert: Path, key: Path) -> None:
+    """StartupError as of read_identity() for the files of an HTTPS server."""
+    _check_pair("https", cert, _read("--https-cert", cert), key, _read("--https-key", key))
+
+
+def _check_pair(use: str, cert: Path, cert_pem: bytes, key: Path, key_pem: bytes) -> Certificate:
+    """The first certificate, if it is in its time and the key is its own."""
+    leaf = _certificates(f"--{use}-cert", cert, cert_pem)[0]
     now = datetime.now(UTC)
-    leaf = chain[0]
     if now >= leaf.not_valid_after_utc:
-        raise StartupError(
-            f"--tls-cert {files.cert}: expired at {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; renew it"
-        )
+        raise StartupError(f"--{use}-cert {cert}: expired at {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; renew it")
     if now < leaf.not_valid_before_utc:
         raise StartupError(
-            f"--tls-cert {files.cert}: not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; it is now "
+            f"--{use}-cert {cert}: not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; it is now "
             f"{now:%Y-%m-%d %H:%M} UTC by this machine's clock"
         )
-    _check_key(files, leaf, key)
-    return Identity(cert, key, ca, leaf.not_valid_after_utc)
+    try:
+        private = load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        reason = str(error).partition(". ")[0].replace("\n", " ")
+        raise StartupError(f"--{use}-key {key}: not an unencrypted private key in PEM: {reason}") from None
+    form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+    if private.public_key().public_bytes(*form) != leaf.public_key().public_bytes(*form):
+        raise StartupError(f"--{use}-key {key}: not the key of the certificate {cert}; give the pair")
+    return leaf
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(identity.key, identity.cert)], identity.ca)
 
 
-def _read(name: str, path: Path) -> bytes:
+def _read(flag: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StartupError(f"--tls-{name} {path}: cannot read it: {error.strerror}") from None
+        raise StartupError(f"{flag} {path}: cannot read it: {error.strerror}") from None
 
 
-def _certificates(name: str, path: Path, content: bytes) -> list[Certificate]:
+def _certificates(flag: str, path: Path, content: bytes) -> list[Certificate]:
     try:
         return load_pem_x509_certificates(content)
     except ValueError as error:
-        raise StartupError(f"--tls-{name} {path}: not a certificate in PEM: {error}") from None
-
-
-def _check_key(files: TlsFiles, leaf: Certificate, content: bytes) -> None:
-    try:
-        key = load_pem_private_key(content, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise StartupError(f"--tls-key {files.key}: not an unencrypted private key in PEM: {error}") from None
-    form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
-    if key.public_key().public_bytes(*form) != leaf.public_key().public_bytes(*form):
-        raise StartupError(f"--tls-key {files.key}: not the key of the certificate {files.cert}; give the pair")
+        reason = str(error).partition(". ")[0].replace("\n", " ")
+        raise StartupError(f"{flag} {path}: not a certificate in PEM: {reason}") from None

@@ -42,7 +42,8 @@ class ApiError(Exception):
     @property
     def headers(self) -> Mapping[str, str]:
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return headers | {"connection": "close"} if self.status == 413 else headers
+        special = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}}
+        return headers | special.get(self.status, {})
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON object of OpenAI's API."""

@@ -8,15 +8,16 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.model_files import TOKENIZER_FILES, resolve_model, tokenizer_hash
-from services.common.tls import security_of
+from services.common.tls import check_https, security_of
+from services.gateway.api_keys import ApiKeys, RequireApiKey
 from services.gateway.app import create_app
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import GatewayMetrics
@@ -36,11 +37,25 @@ BACKLOG = 2048
 @asynccontextmanager
 async def serve(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
     """Serve HTTP inside the context; what is open when it ends gets an error. StartupError."""
+    if settings.https_cert is not None and settings.https_key is not None:
+        check_https(settings.https_cert, settings.https_key)
+    protect = _protection(settings)
     listener = _listen(settings.host, settings.port)
-    async with _gateway(settings, lifecycle) as gateway, _http(create_app(gateway), listener, lifecycle):
-        log.info("listening", extra={"url": url_of(listener)})
+    async with (
+        _gateway(settings, lifecycle) as gateway,
+        _http(protect(create_app(gateway)), listener, settings, lifecycle),
+    ):
+        log.info("listening", extra={"url": url_of(listener, https=settings.https_cert is not None)})
         yield
         gateway.end_open_requests()
+
+
+def _protection(settings: GatewaySettings) -> Callable[[ASGIApp], ASGIApp]:
+    """What stands in front of the application: a check of API keys, if there are any; StartupError."""
+    if settings.api_keys_file is None and not settings.api_keys:
+        return lambda app: app
+    keys = ApiKeys(settings.api_keys_file, settings.api_keys)
+    return lambda app: RequireApiKey(app, keys)
 
 
 @asynccontextmanager
@@ -86,7 +101,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _http(app: FastAPI, listener: socket.socket, lifecycle: Lifecycle) -> AsyncIterator[None]:
+async def _http(
+    app: ASGIApp, listener: socket.socket, settings: GatewaySettings, lifecycle: Lifecycle
+) -> AsyncIterator[None]:
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -94,6 +111,8 @@ async def _http(app: FastAPI, listener: socket.socket, lifecycle: Lifecycle) -> 
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=STOP_GRACE_S,
+        ssl_certfile=settings.https_cert,
+        ssl_keyfile=settings.https_key,
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve([listener]))
@@ -120,7 +139,8 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, *, https: bool) -> str:
     """The base URL of what listens there."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if https else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.common.settings import ServiceSettings, SettingsError, setting
 
@@ -18,6 +19,16 @@ class GatewaySettings(ServiceSettings):
     tls_server_name: str = setting(
         "Name that the verifier's certificate must carry; empty: the host of its address.", default=""
     )
+    api_keys_file: Path | None = setting(
+        "File of hashed API keys, one a line, # for comments: requests must carry one of the keys. `specserve "
+        "hash-key` makes the lines.",
+        default=None,
+    )
+    api_keys: tuple[str, ...] = setting("Hashed API keys besides those of the file; repeatable.", default=())
+    https_cert: Path | None = setting(
+        "Certificate of the HTTP API, PEM, with its intermediates; without it the API is plain HTTP.", default=None
+    )
+    https_key: Path | None = setting("The key of that certificate, PEM, not encrypted.", default=None)
     redis_url: str = setting("Redis for the request records.", default="redis://127.0.0.1:6379/0")
     redis_timeout_s: float = setting("Seconds that Redis may take to answer.", default=1.0, minimum=0.01)
     record_ttl_s: int = setting("Seconds that a request record is kept after its last write.", default=3600, minimum=1)
@@ -33,6 +44,8 @@ class GatewaySettings(ServiceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.https_cert is None) != (self.https_key is None):
+            raise SettingsError("--https-cert and --https-key are given together or not at all; give both")
         if self.record_ttl_s < self.request_timeout_s:
             raise SettingsError(
                 f"record_ttl_s is {self.record_ttl_s} and request_timeout_s {self.request_timeout_s:g}: a record must "

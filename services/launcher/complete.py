@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ import httpx
 
 @dataclass(frozen=True)
 class CompletionOptions:
-    """The request; model None asks the server for its first one."""
+    """The request; model None asks the server for its first one. api_key: for a server that asks for one."""
 
     url: str
     model: str | None
@@ -22,6 +22,7 @@ class CompletionOptions:
     temperature: float
     seed: int | None
     timeout_s: float
+    api_key: str | None = field(default=None, repr=False)
 
 
 class CompletionError(Exception):
@@ -50,7 +51,8 @@ class Cost:
 def complete(prompt: str, options: CompletionOptions) -> int:
     """Writes the completion to stdout as it comes and its cost to stderr; returns the exit code."""
     try:
-        with httpx.Client(base_url=options.url, timeout=options.timeout_s) as client:
+        headers = {} if options.api_key is None else {"authorization": f"Bearer {options.api_key}"}
+        with httpx.Client(base_url=options.url, timeout=options.timeout_s, headers=headers) as client:
             cost = _stream(client, prompt, options)
     except CompletionError as error:
         print(f"\nerror: {error}", file=sys.stderr)

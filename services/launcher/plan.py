@@ -99,6 +99,8 @@ class Planner:
             "model": settings.llm,
             "verifier": verifier,
             "redis_url": redis,
+            "https_cert": None,
+            "https_key": None,
         } | ON_LOOPBACK
         probe = http_probe(f"http://{_reachable(settings.host)}:{port}/ready")
         return Service("gateway", self._command("gateway", decided, SHARED), probe)

@@ -72,6 +72,9 @@ async def _greet(url: str) -> None:
     try:
         async with httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
             response = await client.get(f"{url}/v1/models")
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            print(f"\nSpecServe is ready: {url}/v1  (requests need an API key; Ctrl-C stops it)", flush=True)
+            return
         model = response.raise_for_status().json()["data"][0]["id"]
     except httpx.HTTPError as error:
         raise ServiceFailed("gateway", f"is ready but does not tell its model: {error!r}", ()) from None

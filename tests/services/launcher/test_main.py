@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from services.gateway.api_keys import hash_key
 from tests.tiny_models import write_model, write_relative
 
 TIMEOUT_S = 60.0
@@ -146,3 +147,15 @@ def test_bad_settings_are_one_line_and_exit_code_2(free_port: Callable[[], int])
     silent = specserve("complete", "hello", "--url", f"http://127.0.0.1:{free_port()}")
     assert silent.returncode == 1
     assert "specserve up" in silent.stderr
+
+
+def test_hash_key_makes_and_hashes_keys() -> None:
+    made = specserve("hash-key", "--new")
+    key = made.stderr.split()[-1]
+    again = subprocess.run(
+        [*SPECSERVE, "hash-key"], input=key + "\n", capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    assert made.stdout == again.stdout == hash_key(key) + "\n"
+    short = subprocess.run([*SPECSERVE, "hash-key"], input="secret", capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (short.returncode, short.stdout) == (2, "")
+    assert "secret" not in short.stderr
