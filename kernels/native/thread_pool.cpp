@@ -33,8 +33,8 @@ bool spin_until(const Ready& ready) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+ThreadPool::ThreadPool(int threads) : threads_(threads), ranges_(std::make_unique<Range[]>(threads)) {
+  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -52,23 +52,31 @@ void ThreadPool::run(int items, Call call, const void* context) {
   items_ = items;
   unfinished_.store(items, std::memory_order_relaxed);
   // Sequentially consistent, like the other side in wait_for_items: either a worker sees the items or it is seen asleep.
-  unclaimed_.store(items);
+  for (int thread = 0; thread < threads_; ++thread)
+    ranges_[thread].unclaimed.store(first_item(thread + 1) - first_item(thread));
   if (sleepers_.load() > 0) {
     const std::lock_guard<std::mutex> lock(sleep_mutex_);
     wake_.notify_all();
   }
-  while (run_one_item()) {
-  }
+  run_items(0);
   const auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
   while (!spin_until(finished)) std::this_thread::yield();
 }
 
-bool ThreadPool::run_one_item() {
-  int left = unclaimed_.load(std::memory_order_relaxed);
+// The thread's own range, then the others'.
+void ThreadPool::run_items(int thread) {
+  for (int i = 0; i < threads_; ++i)
+    while (run_one_item((thread + i) % threads_)) {
+    }
+}
+
+bool ThreadPool::run_one_item(int range) {
+  std::atomic<int>& unclaimed = ranges_[range].unclaimed;
+  int left = unclaimed.load(std::memory_order_relaxed);
   while (left > 0) {
-    if (unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+    if (unclaimed.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
       // The loop cannot end before this item has, so call_, context_ and items_ are its own.
-      call_(context_, items_ - left);
+      call_(context_, first_item(range + 1) - left);
       unfinished_.fetch_sub(1, std::memory_order_release);
       return true;
     }
@@ -76,16 +84,19 @@ bool ThreadPool::run_one_item() {
   return false;
 }
 
-void ThreadPool::work() {
-  while (wait_for_items()) {
-    while (run_one_item()) {
-    }
-  }
+bool ThreadPool::any_unclaimed() const {
+  for (int thread = 0; thread < threads_; ++thread)
+    if (ranges_[thread].unclaimed.load() > 0) return true;
+  return false;
+}
+
+void ThreadPool::work(int thread) {
+  while (wait_for_items()) run_items(thread);
 }
 
 // False when the pool is being destroyed.
 bool ThreadPool::wait_for_items() {
-  const auto ready = [this] { return unclaimed_.load() > 0 || stopping_.load(); };
+  const auto ready = [this] { return any_unclaimed() || stopping_.load(); };
   if (!spin_until(ready)) {
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     sleepers_.fetch_add(1);
