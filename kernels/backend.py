@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal, Protocol
@@ -51,6 +52,7 @@ class Backend:
     """One implementation of every kernel. `reason` says why it was chosen, for the log and the health call.
 
     pack_* copy the weights into the layout that the implementation wants; the caller may drop its own.
+    int8: pack_* quantize matrices to int8, see `kernels.packed_linear.int8`.
     """
 
     name: BackendName
@@ -62,10 +64,13 @@ class Backend:
     pack_linear: PackLinear
     pack_attention: Callable[[AttentionWeights], AttentionBlock]
     pack_mlp: Callable[[MlpWeights], MlpBlock]
+    int8: bool = False
 
 
-def choose_backend(device: torch.device, requested: RequestedName = "auto") -> Backend:
+def choose_backend(device: torch.device, requested: RequestedName = "auto", *, int8: bool = False) -> Backend:
     """CPU: native when its library is built, else torch. CUDA: triton when it is installed, else torch.
+
+    int8: matrices are quantized to int8 in memory; the native kernels alone can.
 
     Raises:
         BackendUnavailable: `requested` names a backend that cannot run on `device`.
@@ -73,11 +78,23 @@ def choose_backend(device: torch.device, requested: RequestedName = "auto") -> B
     """
     if requested not in ("auto", "native", "triton", "torch"):
         raise ValueError(f"backend {requested!r}; it must be auto, native, triton or torch")
+    if int8:
+        return _choose_for_int8(device, requested)
     if requested == "torch":
         return _torch_backend(device, "requested")
     if device.type == "cpu":
         return _choose_for_cpu(device, requested)
     return _choose_for_gpu(device, requested)
+
+
+def _choose_for_int8(device: torch.device, requested: RequestedName) -> Backend:
+    if device.type != "cpu" or requested not in ("auto", "native"):
+        raise BackendUnavailable(
+            f"int8 weights run with the native kernels on the CPU, not with {requested} on {device}"
+        )
+    if not native_available():
+        raise BackendUnavailable(native_status())
+    return _native_backend(native_status(), int8=True)
 
 
 def _choose_for_cpu(device: torch.device, requested: RequestedName) -> Backend:
@@ -116,7 +133,7 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
     )
 
 
-def _native_backend(reason: str) -> Backend:
+def _native_backend(reason: str, int8: bool = False) -> Backend:
     return Backend(
         name="native",
         reason=reason,
@@ -124,9 +141,10 @@ def _native_backend(reason: str) -> Backend:
         tree_attention=native_attention.tree_attention,
         kv_compaction=native_compaction.kv_compaction,
         rms_norm=native_blocks.rms_norm,
-        pack_linear=NativeLinear,
-        pack_attention=native_blocks.NativeAttentionBlock,
-        pack_mlp=native_blocks.NativeMlpBlock,
+        pack_linear=partial(NativeLinear, int8=int8),
+        pack_attention=partial(native_blocks.NativeAttentionBlock, int8=int8),
+        pack_mlp=partial(native_blocks.NativeMlpBlock, int8=int8),
+        int8=int8,
     )
 
 

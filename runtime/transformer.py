@@ -13,6 +13,7 @@ import torch
 
 from kernels.backend import Backend, RequestedName, choose_backend
 from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
+from kernels.decoder.native import NativeDecoder
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
 from kernels.draft_loop.native import GrownTree, NativeDraftLoop, TreeBounds
 from kernels.packed_linear.native import NativeLinear
@@ -22,7 +23,7 @@ from runtime.kv_cache import BLOCK_SIZE, CachedSequence, CacheFull, KVCache, blo
 from runtime.step_graph import StepGraphs, cuda_capture
 from runtime.weights import Checkpoint, LayerWeights, ModelWeights, load_weights, stored_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,10 @@ class LoadOptions:
     """Where and how a model runs.
 
     device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1", ...
-    dtype: "auto" (as stored), "float32" or "bfloat16": the type of the weights in memory. On CPU the arithmetic is fp32
-        whatever the storage, so that bf16 weights give the bits that the same weights widened to fp32 give.
+    dtype: "auto" (as stored), "float32", "bfloat16", "float16" or "int8": the type of the weights in memory. On CPU the
+        arithmetic is fp32 whatever the storage, so that bf16 weights give the bits that the same weights widened to
+        fp32 give. "int8" quantizes the matrices while loading (a scale for each output; norms, biases and the
+        embedding stay as stored), which makes another model of it.
     kernels: "auto", "native", "triton" or "torch".
     """
 
@@ -52,8 +55,8 @@ class Transformer:
         self.config = config
         self.backend = backend
         self.device = device
-        self.weight_dtype = weights.embedding.dtype
-        self.activation_dtype = backend.activation_dtype(self.weight_dtype)
+        self.weight_dtype = torch.int8 if backend.int8 else weights.embedding.dtype
+        self.activation_dtype = backend.activation_dtype(weights.embedding.dtype)
         self.parameters = weights.count()
         self._embedding = weights.embedding
         self._attention = [backend.pack_attention(_attention_weights(config, layer)) for layer in weights.layers]
@@ -61,7 +64,8 @@ class Transformer:
         self._final_norm = weights.final_norm.to(self.activation_dtype)
         self._head = backend.pack_linear(weights.head)
         self._cos, self._sin = _rotary_tables(config, device)
-        self._draft_loop = self._native_draft_loop()
+        self._decoder = self._native_decoder()
+        self._draft_loop = None if self._decoder is None else NativeDraftLoop(self._decoder)
         self._graphs: StepGraphs | None = None
 
     @classmethod
@@ -79,7 +83,8 @@ class Transformer:
         dtype = DTYPES.get(options.dtype, stored if stored in DTYPES.values() else torch.float32)
         with torch.inference_mode():
             weights = load_weights(checkpoint, config, device, dtype)
-            return cls(config, weights, choose_backend(device, options.kernels), device)
+            backend = choose_backend(device, options.kernels, int8=options.dtype == "int8")
+            return cls(config, weights, backend, device)
 
     def new_cache(self, memory_fraction: float, max_sequences: int, blocks: int = 0) -> KVCache:
         """A KV cache of `blocks` blocks, or, when that is 0, of what fits into `memory_fraction` of the free memory and
@@ -105,6 +110,23 @@ class Transformer:
 
         A row's result depends on what it sees alone, not on the other rows of the batch.
         """
+        if self._decoder is not None:
+            return self._decoder.forward(
+                batch.token_ids,
+                batch.positions,
+                batch.slots,
+                batch.row_sequences,
+                batch.prefix_lengths,
+                batch.masks,
+                batch.block_tables,
+                BLOCK_SIZE,
+                cache.data,
+            )
+        return self.forward_by_layer(batch, cache)
+
+    @torch.inference_mode()
+    def forward_by_layer(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
+        """`forward` as two calls for each layer: what every device can do."""
         attention_batch = AttentionBatch(
             block_tables=batch.block_tables,
             block_size=BLOCK_SIZE,
@@ -124,6 +146,8 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of some rows: hidden [rows, hidden] -> float32 [rows, vocab]."""
+        if self._decoder is not None:
+            return self._decoder.logits(hidden)
         normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
         return self._head(normed).float()
 
@@ -158,13 +182,14 @@ class Transformer:
         assert self._draft_loop is not None, "ask grows_trees first"
         return self._draft_loop.grow(cache.data, sequence.blocks, BLOCK_SIZE, sequence.length, pending, bounds)
 
-    def _native_draft_loop(self) -> NativeDraftLoop | None:
+    def _native_decoder(self) -> NativeDecoder | None:
+        """All layers in one call, where all of them are native."""
         pairs = list(zip(self._attention, self._mlp, strict=True))
         blocks = [(a, m) for a, m in pairs if isinstance(a, NativeAttentionBlock) and isinstance(m, NativeMlpBlock)]
         if len(blocks) < len(pairs) or not isinstance(self._head, NativeLinear):
             return None
         norm, epsilon = self._final_norm, self.config.norm_epsilon
-        return NativeDraftLoop(blocks, norm, epsilon, self._head, self._embedding, self._cos, self._sin)
+        return NativeDecoder(blocks, norm, epsilon, self._head, self._embedding, self._cos, self._sin)
 
     @torch.inference_mode()
     def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:

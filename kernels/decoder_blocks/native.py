@@ -31,15 +31,15 @@ def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class NativeAttentionBlock:
-    """`kernels.blocks.AttentionBlock` in float32; the cache is float32 or bfloat16."""
+    """`kernels.blocks.AttentionBlock` in float32; the cache is float32 or bfloat16. int8: of the matrices."""
 
-    def __init__(self, weights: AttentionWeights) -> None:
+    def __init__(self, weights: AttentionWeights, *, int8: bool = False) -> None:
         self._library = load()
-        self._qkv = NativeLinear(weights.qkv, weights.qkv_bias)
-        self._output = NativeLinear(weights.output, weights.output_bias)
+        self._qkv = NativeLinear(weights.qkv, weights.qkv_bias, int8=int8)
+        self._output = NativeLinear(weights.output, weights.output_bias, int8=int8)
         self._norms = [_wide(norm) for norm in (weights.norm, weights.query_norm, weights.key_norm)]
         self._hidden = weights.hidden
-        self._kv_shape = (2, None, weights.kv_heads, weights.head_dim)
+        self.kv_shape = (2, None, weights.kv_heads, weights.head_dim)
         self._half_dim = weights.head_dim // 2
         self.struct = AttentionLayerStruct(
             self._qkv.struct,
@@ -57,7 +57,7 @@ class NativeAttentionBlock:
         self, hidden: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch, *, residual: bool = False
     ) -> torch.Tensor:
         check_tensor("hidden", hidden, (batch.rows, self._hidden), torch.float32)
-        check_tensor("kv", kv, self._kv_shape)
+        check_tensor("kv", kv, self.kv_shape)
         if kv.dtype not in KV_DTYPES:
             raise ValueError(f"kv is {kv.dtype}; it must be one of {KV_DTYPES}")
         if batch.cos.shape[1] != self._half_dim:
@@ -77,12 +77,12 @@ class NativeAttentionBlock:
 
 
 class NativeMlpBlock:
-    """`kernels.blocks.MlpBlock` in float32."""
+    """`kernels.blocks.MlpBlock` in float32. int8: of the matrices."""
 
-    def __init__(self, weights: MlpWeights) -> None:
+    def __init__(self, weights: MlpWeights, *, int8: bool = False) -> None:
         self._library = load()
-        self._gate_up = NativeLinear(weights.gate_up)
-        self._down = NativeLinear(weights.down)
+        self._gate_up = NativeLinear(weights.gate_up, int8=int8, gated=True)
+        self._down = NativeLinear(weights.down, int8=int8)
         self._norm = _wide(weights.norm)
         self._hidden = weights.hidden
         self.struct = MlpLayerStruct(self._gate_up.struct, self._down.struct, pointer(self._norm), weights.norm_eps)

@@ -8,18 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
+from kernels.decoder.native import NativeDecoder
 from kernels.native.library import load
-from kernels.native.structures import (
-    AttentionLayerStruct,
-    DecoderStruct,
-    GrownTreeStruct,
-    MlpLayerStruct,
-    SequenceCacheStruct,
-    TreeBoundsStruct,
-    pointer,
-)
-from kernels.packed_linear.native import NativeLinear
+from kernels.native.structures import GrownTreeStruct, SequenceCacheStruct, TreeBoundsStruct
 
 
 @dataclass(frozen=True)
@@ -55,38 +46,11 @@ class GrownTree:
 
 
 class NativeDraftLoop:
-    """One decoder. The rules of growth are those of greedy drafting in `speculation.expansion`, node for node.
+    """The rules of growth are those of greedy drafting in `speculation.expansion`, node for node."""
 
-    blocks: attention and MLP of each layer. norm: the final norm, float32. embedding: [vocab, hidden], float32 or
-    bfloat16. cos, sin: float32 [context, head_dim / 2]. All are kept alive here.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[tuple[NativeAttentionBlock, NativeMlpBlock]],
-        norm: torch.Tensor,
-        norm_eps: float,
-        head: NativeLinear,
-        embedding: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-    ) -> None:
+    def __init__(self, decoder: NativeDecoder) -> None:
         self._library = load()
-        self._keep = (tuple(blocks), norm, head, embedding, cos, sin)
-        attention = (AttentionLayerStruct * len(blocks))(*(block.struct for block, _ in blocks))
-        mlp = (MlpLayerStruct * len(blocks))(*(block.struct for _, block in blocks))
-        self._decoder = DecoderStruct(
-            attention,
-            mlp,
-            len(blocks),
-            head.struct,
-            pointer(norm),
-            norm_eps,
-            embedding.dtype == torch.bfloat16,
-            pointer(embedding),
-            pointer(cos),
-            pointer(sin),
-        )
+        self._decoder = decoder
 
     def grow(
         self,
@@ -103,9 +67,7 @@ class NativeDraftLoop:
         every evaluated node. length: entries that are computed. pending: the tokens behind them, at least one.
         """
         sequence = SequenceCacheStruct(
-            pointer(cache),
-            cache.shape[2],
-            cache.dtype == torch.bfloat16,
+            self._decoder.kv_struct(cache),
             (c_int32 * len(blocks))(*blocks),
             len(blocks),
             block_size,
@@ -118,7 +80,7 @@ class NativeDraftLoop:
         tree = GrownTreeStruct(integers(), integers(), (c_float * room)(), integers(), 0, 0)
         tokens = (c_int64 * len(pending))(*pending)
         self._library.specserve_grow_tree(
-            byref(self._decoder), byref(sequence), tokens, len(pending), byref(shape), byref(tree)
+            byref(self._decoder.struct), byref(sequence), tokens, len(pending), byref(shape), byref(tree)
         )
         return GrownTree(
             tree.token_ids[: tree.nodes],

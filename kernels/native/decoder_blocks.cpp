@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 
+#include "buffer.h"
 #include "simd.h"
 
 namespace specserve {
@@ -20,22 +20,6 @@ void for_each_row(ThreadPool& pool, std::int64_t rows, std::int64_t elements_in_
     for (std::int64_t row = item * chunk; row < std::min(rows, (item + 1) * chunk); ++row) body(row);
   });
 }
-
-// A buffer of the calling thread that keeps its largest size; what it held is lost.
-class Buffer {
- public:
-  float* get(std::int64_t size) {
-    if (size > size_) {
-      data_.reset(new float[static_cast<std::size_t>(size)]);
-      size_ = size;
-    }
-    return data_.get();
-  }
-
- private:
-  std::unique_ptr<float[]> data_;
-  std::int64_t size_ = 0;
-};
 
 struct Buffers {
   Buffer normed, wide, narrow;
@@ -103,15 +87,6 @@ void project(ThreadPool& pool, const AttentionLayer& layer, const AttentionBatch
   });
 }
 
-// gate <- silu(gate) * up, with silu(x) = x / (1 + e^-x).
-void activate_row(float* gate, const float* up, std::int64_t size, float* out) {
-  for (std::int64_t i = 0; i < size; i += kLanes) {
-    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, size - i));
-    const Vec x = load_first(gate + i, count);
-    store_first(x / (1.0f + exp(-x)) * load_first(up + i, count), out + i, count);
-  }
-}
-
 }  // namespace
 
 void rms_norm(ThreadPool& pool, const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t size,
@@ -141,15 +116,10 @@ void attention_block(ThreadPool& pool, const AttentionLayer& layer, const Attent
 
 void mlp_block(ThreadPool& pool, const MlpLayer& layer, const float* hidden, std::int64_t rows, bool residual,
                float* out) {
-  const std::int64_t size = layer.down.inputs;
   float* normed = buffers().normed.get(rows * layer.gate_up.inputs);
-  float* gate_up = buffers().wide.get(rows * 2 * size);
-  float* active = buffers().narrow.get(rows * size);
+  float* active = buffers().wide.get(rows * layer.down.inputs);
   rms_norm(pool, hidden, layer.norm, layer.norm_eps, rows, layer.gate_up.inputs, normed);
-  packed_linear(pool, normed, rows, layer.gate_up, nullptr, gate_up);
-  for_each_row(pool, rows, size, [&](std::int64_t row) {
-    activate_row(gate_up + row * 2 * size, gate_up + row * 2 * size + size, size, active + row * size);
-  });
+  gated_linear(pool, normed, rows, layer.gate_up, active);
   packed_linear(pool, active, rows, layer.down, residual ? hidden : nullptr, out);
 }
 

@@ -23,7 +23,7 @@ struct AttentionLayer {
 };
 
 struct MlpLayer {
-  LinearWeights gate_up;
+  LinearWeights gate_up;  // gated
   LinearWeights down;
   const float* norm;  // [hidden]
   float norm_eps;

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "buffer.h"
 #include "simd.h"
 
 namespace specserve {
@@ -48,58 +49,22 @@ class Pass {
 
   // Logits of the rows from `first` on, [count - first, vocab].
   const float* logits(const Rows& rows, std::int64_t first) {
-    const std::int64_t count = rows.count(), hidden = decoder_.head.inputs, wanted = count - first;
-    embed(rows);
-    other_.resize(static_cast<std::size_t>(count * hidden));
-    logits_.resize(static_cast<std::size_t>(wanted * decoder_.head.outputs));
-    const AttentionBatch batch = batch_of(rows);
-    for (std::int64_t layer = 0; layer < decoder_.layers; ++layer) {
-      attention_block(pool_, decoder_.attention[layer], batch, hidden_.data(), layer_cache(layer), cache_.slots,
-                      cache_.is_bfloat16 != 0, true, other_.data());
-      mlp_block(pool_, decoder_.mlp[layer], other_.data(), count, true, hidden_.data());
-    }
-    rms_norm(pool_, hidden_.data() + first * hidden, decoder_.final_norm, decoder_.norm_eps, wanted, hidden,
-             other_.data());
-    packed_linear(pool_, other_.data(), wanted, decoder_.head, nullptr, logits_.data());
-    return logits_.data();
+    const std::int64_t count = rows.count(), size = decoder_.head.inputs;
+    float* hidden = hidden_.get(count * size);
+    float* logits = logits_.get((count - first) * decoder_.head.outputs);
+    const AttentionBatch batch{cache_.block_table,         cache_.max_blocks, cache_.block_size, rows.sequences.data(),
+                               rows.prefix_lengths.data(), rows.masks.data(), rows.words,        rows.slots.data(),
+                               nullptr,                    nullptr,           count};
+    decoder_forward(pool_, decoder_, cache_.kv, rows.tokens.data(), rows.positions.data(), batch, hidden);
+    decoder_logits(pool_, decoder_, hidden + first * size, count - first, logits);
+    return logits;
   }
 
  private:
-  void embed(const Rows& rows) {
-    const std::int64_t hidden = decoder_.head.inputs;
-    hidden_.resize(static_cast<std::size_t>(rows.count() * hidden));
-    for (std::int64_t row = 0; row < rows.count(); ++row)
-      for (std::int64_t i = 0; i < hidden; ++i) {
-        const std::int64_t place = rows.tokens[row] * hidden + i;
-        hidden_[row * hidden + i] = decoder_.embedding_is_bfloat16
-                                        ? to_float(static_cast<const bfloat16*>(decoder_.embedding)[place])
-                                        : static_cast<const float*>(decoder_.embedding)[place];
-      }
-  }
-
-  AttentionBatch batch_of(const Rows& rows) {
-    const std::int64_t half = decoder_.attention[0].head_dim / 2;
-    cos_.resize(static_cast<std::size_t>(rows.count() * half));
-    sin_.resize(cos_.size());
-    for (std::int64_t row = 0; row < rows.count(); ++row) {
-      std::copy_n(decoder_.cos + rows.positions[row] * half, half, cos_.data() + row * half);
-      std::copy_n(decoder_.sin + rows.positions[row] * half, half, sin_.data() + row * half);
-    }
-    return AttentionBatch{cache_.block_table,         cache_.max_blocks,  cache_.block_size, rows.sequences.data(),
-                          rows.prefix_lengths.data(), rows.masks.data(),  rows.words,        rows.slots.data(),
-                          cos_.data(),                sin_.data(),        rows.count()};
-  }
-
-  void* layer_cache(std::int64_t layer) const {
-    const AttentionLayer& shape = decoder_.attention[0];
-    const std::int64_t size = cache_.is_bfloat16 ? sizeof(bfloat16) : sizeof(float);
-    return static_cast<char*>(cache_.data) + layer * 2 * cache_.slots * shape.kv_heads * shape.head_dim * size;
-  }
-
   ThreadPool& pool_;
   const Decoder& decoder_;
   const SequenceCache& cache_;
-  std::vector<float> hidden_, other_, logits_, cos_, sin_;
+  Buffer hidden_, logits_;
 };
 
 // log(sum(exp(scale * values))), for a scale above 0.

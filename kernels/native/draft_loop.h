@@ -3,30 +3,15 @@
 
 #include <cstdint>
 
-#include "decoder_blocks.h"
+#include "decoder.h"
 
 namespace specserve {
 
-// A whole decoder of the Llama family. The structures of this file are mirrored by ctypes: the order and the types of
-// the fields are shared.
-struct Decoder {
-  const AttentionLayer* attention;  // [layers]
-  const MlpLayer* mlp;              // [layers]
-  std::int64_t layers;
-  LinearWeights head;
-  const float* final_norm;  // [hidden]
-  float norm_eps;
-  std::int32_t embedding_is_bfloat16;
-  const void* embedding;  // [vocab, hidden]
-  const float* cos;       // [context, head_dim / 2]
-  const float* sin;
-};
+// The structures of this file are mirrored by ctypes: the order and the types of the fields are shared.
 
-// The paged cache, and one sequence in it, whose first `length` entries are computed.
+// One sequence in the paged cache, whose first `length` entries are computed.
 struct SequenceCache {
-  void* data;  // [layers, 2, slots, kv_heads, head_dim]
-  std::int64_t slots;
-  std::int32_t is_bfloat16;
+  KvCache kv;
   const std::int32_t* block_table;
   std::int64_t max_blocks;
   std::int64_t block_size;

@@ -53,13 +53,14 @@ std::int32_t specserve_get_threads() {
   return state->pool->threads();
 }
 
-std::int64_t specserve_packed_words(std::int64_t inputs, std::int64_t outputs, std::int32_t is_bfloat16) {
-  return (outputs + kBlock - 1) / kBlock * kBlock * (is_bfloat16 ? (inputs + 1) / 2 : inputs);
+std::int64_t specserve_packed_words(std::int32_t storage, std::int32_t gated, std::int64_t inputs,
+                                    std::int64_t outputs) {
+  return packed_words(static_cast<Storage>(storage), gated != 0, inputs, outputs);
 }
 
-void specserve_pack_linear(const void* weight, std::int32_t is_bfloat16, std::int64_t inputs, std::int64_t outputs,
-                           std::uint32_t* packed) {
-  pack_linear(weight, is_bfloat16 != 0, inputs, outputs, packed);
+void specserve_pack_linear(const void* weight, std::int32_t storage, std::int32_t gated, std::int64_t inputs,
+                           std::int64_t outputs, std::uint32_t* packed) {
+  pack_linear(weight, static_cast<Storage>(storage), gated != 0, inputs, outputs, packed);
 }
 
 void specserve_packed_linear(const LinearWeights* weights, const float* x, std::int64_t rows, float* out) {
@@ -86,6 +87,21 @@ void specserve_attention_block(const AttentionLayer* layer, const AttentionBatch
 void specserve_mlp_block(const MlpLayer* layer, const float* hidden, std::int64_t rows, std::int32_t residual,
                          float* out) {
   mlp_block(Lease().pool(), *layer, hidden, rows, residual != 0, out);
+}
+
+// Returns the first row whose token or position does not exist, and computes nothing then; -1 when there is none.
+std::int64_t specserve_decoder_forward(const Decoder* decoder, const KvCache* cache, const std::int64_t* token_ids,
+                                       const std::int64_t* positions, const AttentionBatch* batch, float* hidden) {
+  for (std::int64_t row = 0; row < batch->rows; ++row)
+    if (token_ids[row] < 0 || token_ids[row] >= decoder->vocab || positions[row] < 0 ||
+        positions[row] >= decoder->context)
+      return row;
+  decoder_forward(Lease().pool(), *decoder, *cache, token_ids, positions, *batch, hidden);
+  return -1;
+}
+
+void specserve_decoder_logits(const Decoder* decoder, const float* hidden, std::int64_t rows, float* logits) {
+  decoder_logits(Lease().pool(), *decoder, hidden, rows, logits);
 }
 
 void specserve_grow_tree(const Decoder* decoder, const SequenceCache* cache, const std::int64_t* pending_tokens,

@@ -14,6 +14,7 @@ from kernels.native.structures import (
     AttentionLayerStruct,
     DecoderStruct,
     GrownTreeStruct,
+    KvCacheStruct,
     LinearStruct,
     MlpLayerStruct,
     SequenceCacheStruct,
@@ -23,8 +24,8 @@ from kernels.native.structures import (
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "specserve_set_threads": (None, [c_int32]),
     "specserve_get_threads": (c_int32, []),
-    "specserve_packed_words": (c_int64, [c_int64, c_int64, c_int32]),
-    "specserve_pack_linear": (None, [c_void_p, c_int32, c_int64, c_int64, c_void_p]),
+    "specserve_packed_words": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
+    "specserve_pack_linear": (None, [c_void_p, c_int32, c_int32, c_int64, c_int64, c_void_p]),
     "specserve_packed_linear": (None, [POINTER(LinearStruct), c_void_p, c_int64, c_void_p]),
     "specserve_rms_norm": (None, [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p]),
     "specserve_tree_attention": (
@@ -56,6 +57,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "specserve_mlp_block": (None, [POINTER(MlpLayerStruct), c_void_p, c_int64, c_int32, c_void_p]),
+    "specserve_decoder_forward": (
+        c_int64,
+        [POINTER(DecoderStruct), POINTER(KvCacheStruct), c_void_p, c_void_p, POINTER(AttentionBatchStruct), c_void_p],
+    ),
+    "specserve_decoder_logits": (None, [POINTER(DecoderStruct), c_void_p, c_int64, c_void_p]),
     "specserve_grow_tree": (
         None,
         [

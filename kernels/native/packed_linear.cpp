@@ -1,195 +1,254 @@
 #include "packed_linear.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace specserve {
 namespace {
 
-constexpr int kVecsPerBlock = kBlock / kLanes;
-// Rows of the largest tile: on AVX-512 two blocks of twelve, elsewhere as many as fit beside one block.
-constexpr int kMaxTileRows = kVecsPerBlock == 1 ? 12 : 6;
-// Inputs between two visits of the accumulators to memory: a panel of weights of this depth stays in the L2 cache while
-// all rows pass over it.
+constexpr int kVecs = kBlock / kLanes;
+// Rows of the largest tile: as many as fit into the registers beside one block.
+constexpr int kMaxTileRows = kAccumulators / kVecs;
+// Up to this many rows a tile takes two blocks, whose chains hide each other's latency.
+constexpr int kTwoBlockRows = 3;
+// Inputs between two visits of the sums to memory, where several tiles share a block: so much of it stays in the L2 cache
+// while all rows pass over it. A multiple of every number of inputs in a word.
 constexpr std::int64_t kDepth = 1024;
-// Words of a block that are fetched ahead of their use.
-constexpr std::int64_t kPrefetch = 32;
+// Bytes that are fetched ahead of their use, and those of a cache line.
+constexpr std::int64_t kPrefetch = 2048;
+constexpr std::int64_t kCacheLine = 64;
 // Rows that one item of work takes together, and the least multiply-adds that are worth an item.
 constexpr std::int64_t kItemRows = 96;
 constexpr std::int64_t kItemWork = 16384;
-constexpr int kItemsPerThread = 4;
 
-// Blocks side by side in a tile of this many rows: as many independent chains as the registers hold, at most four.
-constexpr int blocks_in_tile(int rows) {
-  const int fit = kAccumulators / (rows * kVecsPerBlock);
-  return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+constexpr int inputs_in_word(Storage storage) {
+  return storage == Storage::kFloat32 ? 1 : storage == Storage::kInt8 ? 4 : 2;
 }
 
-// One linear layer and its operands; kInputs inputs in a word of packed weights.
-template <int kInputs>
-struct Problem {
-  const float* x;
-  std::int64_t inputs, outputs;
-  const std::uint32_t* packed;
-  const float* bias;
-  const float* residual;
-  float* out;
+std::int64_t words_for(Storage storage, std::int64_t inputs) {
+  const int n = inputs_in_word(storage);
+  return (inputs + n - 1) / n;
+}
 
-  std::int64_t words() const { return (inputs + kInputs - 1) / kInputs; }
-};
-
-inline UintVec load_words(const std::uint32_t* source) {
-  UintVec result;
-  std::memcpy(&result, source, sizeof result);
-  return result;
+std::int64_t blocks_for(bool gated, std::int64_t outputs) {
+  const std::int64_t covered = gated ? kLanes : kBlock, wanted = gated ? outputs / 2 : outputs;
+  return (wanted + covered - 1) / covered;
 }
 
 // The weight of input `index` of each word.
-template <int kInputs>
-inline Vec unpack(UintVec words, int index) {
-  if (kInputs == 2) words = index == 0 ? words << 16 : words & 0xffff0000u;
-  Vec result;
-  std::memcpy(&result, &words, sizeof result);
-  return result;
+template <Storage kStorage>
+inline Vec unpack(const std::uint32_t* source, int index) {
+  UintVec words;
+  std::memcpy(&words, source, sizeof words);
+  if constexpr (kStorage == Storage::kInt8) {
+    IntVec bytes;
+    words <<= 24 - 8 * index;
+    std::memcpy(&bytes, &words, sizeof bytes);
+    return __builtin_convertvector(bytes >> 24, Vec);
+  } else if constexpr (kStorage == Storage::kFloat16) {
+    return half_to_float(index == 0 ? words & 0xffffu : words >> 16);
+  } else {
+    if constexpr (kStorage == Storage::kBFloat16) words = index == 0 ? words << 16 : words & 0xffff0000u;
+    Vec result;
+    std::memcpy(&result, &words, sizeof result);
+    return result;
+  }
 }
 
-// accumulators[r][o] = fma(w[o][k], x[r][k], accumulators[r][o]) for `used` inputs of one word.
-template <int kInputs, int Rows, int Blocks>
-inline void multiply_word(const Problem<kInputs>& p, const float* x, const std::uint32_t* packed, int used,
-                          Vec (&accumulators)[Rows][Blocks * kVecsPerBlock]) {
-  UintVec words[Blocks * kVecsPerBlock];
-  for (int b = 0; b < Blocks; ++b) {
-    const std::uint32_t* source = packed + b * p.words() * kBlock;
-    __builtin_prefetch(source + kPrefetch * kBlock);
-    for (int v = 0; v < kVecsPerBlock; ++v) words[b * kVecsPerBlock + v] = load_words(source + v * kLanes);
-  }
-  for (int index = 0; index < used; ++index)
+// Operands of a tile: x at its first row and input, packed at its first block and input.
+struct Tile {
+  const float* x;
+  std::int64_t row_stride;
+  const std::uint32_t* packed;
+  std::int64_t block_stride;
+  std::int64_t depth;
+};
+
+// sums[r][v] = fma(w[v][k], x[r][k], sums[r][v]) for the first `used` inputs of a word.
+template <Storage kStorage, int Rows, int Blocks>
+inline void multiply_word(const Tile& t, const float* x, const std::uint32_t* packed, int used,
+                          Vec (&sums)[Rows][Blocks * kVecs]) {
+  for (int b = 0; b < Blocks; ++b)
+    for (std::int64_t byte = 0; byte < kBlock * 4; byte += kCacheLine)
+      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kPrefetch + byte);
+  for (int index = 0; index < used; ++index) {
+    Vec weights[Blocks * kVecs];
+    for (int v = 0; v < Blocks * kVecs; ++v)
+      weights[v] = unpack<kStorage>(packed + v / kVecs * t.block_stride + v % kVecs * kLanes, index);
     for (int r = 0; r < Rows; ++r) {
-      const Vec value = broadcast(x[r * p.inputs + index]);
-      for (int v = 0; v < Blocks * kVecsPerBlock; ++v)
-        accumulators[r][v] = fma(unpack<kInputs>(words[v], index), value, accumulators[r][v]);
+      const Vec value = broadcast(x[r * t.row_stride + index]);
+      for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = fma(weights[v], value, sums[r][v]);
     }
+  }
 }
 
-// Inputs k..k+depth of `Rows` rows and `Blocks` blocks. Between two calls the accumulators wait in `out`.
-template <int kInputs, int Rows, int Blocks>
-void tile(const Problem<kInputs>& p, std::int64_t row, std::int64_t block, std::int64_t k, std::int64_t depth) {
-  Vec accumulators[Rows][Blocks * kVecsPerBlock] = {};
-  const std::int64_t first = block * kBlock;
-  const auto visit = [&](const auto& body) {
+// Continues the chains in totals [Blocks][Rows][kBlock] over the tile's inputs, or starts them when `fresh`.
+template <Storage kStorage, int Rows, int Blocks>
+void run_tile(const Tile& t, bool fresh, float* totals) {
+  constexpr int kInputs = inputs_in_word(kStorage);
+  const auto place = [&](int r, int v) { return totals + (v / kVecs * Rows + r) * kBlock + v % kVecs * kLanes; };
+  Vec sums[Rows][Blocks * kVecs] = {};
+  if (!fresh)
     for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < Blocks * kVecsPerBlock; ++v) {
-        const std::int64_t left = p.outputs - first - v * kLanes;
-        if (left <= 0) continue;
-        const int count = static_cast<int>(std::min<std::int64_t>(left, kLanes));
-        body(accumulators[r][v], (row + r) * p.outputs + first + v * kLanes, first + v * kLanes, count);
-      }
-  };
-  if (k > 0)
-    visit([&](Vec& value, std::int64_t place, std::int64_t, int count) { value = load_first(p.out + place, count); });
-  const float* x = p.x + row * p.inputs + k;
-  const std::uint32_t* packed = p.packed + (block * p.words() + k / kInputs) * kBlock;
-  for (std::int64_t word = 0; word < depth / kInputs; ++word, x += kInputs, packed += kBlock)
-    multiply_word<kInputs, Rows, Blocks>(p, x, packed, kInputs, accumulators);
-  if (depth % kInputs) multiply_word<kInputs, Rows, Blocks>(p, x, packed, depth % kInputs, accumulators);
-  const bool last = k + depth == p.inputs;
-  visit([&](Vec& value, std::int64_t place, std::int64_t output, int count) {
-    if (last && p.bias) value += load_first(p.bias + output, count);
-    if (last && p.residual) value += load_first(p.residual + place, count);
-    store_first(value, p.out + place, count);
-  });
+      for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = load(place(r, v));
+  const float* x = t.x;
+  const std::uint32_t* packed = t.packed;
+  for (std::int64_t word = 0; word < t.depth / kInputs; ++word, x += kInputs, packed += kBlock)
+    multiply_word<kStorage, Rows, Blocks>(t, x, packed, kInputs, sums);
+  if (t.depth % kInputs) multiply_word<kStorage, Rows, Blocks>(t, x, packed, t.depth % kInputs, sums);
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Blocks * kVecs; ++v) store(sums[r][v], place(r, v));
 }
 
-// All blocks of an item for `Rows` rows at a time, tiles of fewer rows at the end.
-template <int kInputs, int Rows>
-struct Tiles {
-  static void run(const Problem<kInputs>& p, std::int64_t rows, std::int64_t row, std::int64_t block, int blocks,
-                  std::int64_t k, std::int64_t depth) {
-    if (rows != Rows) return Tiles<kInputs, Rows - 1>::run(p, rows, row, block, blocks, k, depth);
-    constexpr int kBlocks = blocks_in_tile(Rows);
-    while (blocks >= kBlocks) {
-      tile<kInputs, Rows, kBlocks>(p, row, block, k, depth);
-      block += kBlocks;
-      blocks -= kBlocks;
-    }
-    for (; blocks > 0; ++block, --blocks) tile<kInputs, Rows, 1>(p, row, block, k, depth);
+// run_tile for a number of rows that is known only now.
+template <Storage kStorage, int Blocks, int Rows>
+void run_tile_of(int rows, const Tile& t, bool fresh, float* totals) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows) return run_tile<kStorage, Rows, Blocks>(t, fresh, totals);
+    run_tile_of<kStorage, Blocks, Rows - 1>(rows, t, fresh, totals);
+  }
+}
+
+struct Product {
+  const float* x;
+  std::int64_t rows;
+  const LinearWeights& weights;
+  std::int64_t words, blocks;
+
+  Tile tile(std::int64_t row, std::int64_t block, std::int64_t k, std::int64_t depth) const {
+    const std::int64_t word = k / inputs_in_word(weights.storage);
+    return {x + row * weights.inputs + k, weights.inputs, weights.packed + (block * words + word) * kBlock,
+            words * kBlock, depth};
   }
 };
 
-template <int kInputs>
-struct Tiles<kInputs, 0> {
-  static void run(const Problem<kInputs>&, std::int64_t, std::int64_t, std::int64_t, int, std::int64_t, std::int64_t) {}
-};
-
-// Rows first..first+rows and the given blocks: the panel of up to four blocks is the outer loop, so that it is read from
-// memory once.
-template <int kInputs>
-void multiply_panels(const Problem<kInputs>& p, std::int64_t first, std::int64_t rows, std::int64_t block, int blocks) {
-  constexpr int kPanel = 4;
-  // as few tiles as possible, of sizes that differ by one at most
-  const std::int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
-  for (int offset = 0; offset < blocks; offset += kPanel) {
-    const int panel = std::min(kPanel, blocks - offset);
-    for (std::int64_t k = 0; k < p.inputs; k += kDepth) {
-      const std::int64_t depth = std::min(kDepth, p.inputs - k);
+// One block, or two for few rows, times rows first..first+rows; finish(row, block, sums [kBlock]) takes each result.
+template <Storage kStorage, class Finish>
+void multiply_blocks(const Product& p, std::int64_t first, std::int64_t rows, std::int64_t block, std::int64_t blocks,
+                     const Finish& finish) {
+  alignas(64) float totals[kItemRows * kBlock];
+  const std::int64_t inputs = p.weights.inputs;
+  if (blocks == 2) {
+    run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(rows), p.tile(first, block, 0, inputs), true, totals);
+  } else {
+    // as few tiles as possible, of sizes that differ by one at most
+    const std::int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows, step = tiles == 1 ? inputs : kDepth;
+    for (std::int64_t k = 0; k < inputs; k += step)
       for (std::int64_t t = 0; t < tiles; ++t) {
         const std::int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-        Tiles<kInputs, kMaxTileRows>::run(p, end - begin, first + begin, block + offset, panel, k, depth);
+        run_tile_of<kStorage, 1, kMaxTileRows>(static_cast<int>(end - begin),
+                                               p.tile(first + begin, block, k, std::min(step, inputs - k)), k == 0,
+                                               totals + begin * kBlock);
       }
-    }
   }
+  for (std::int64_t b = 0; b < blocks; ++b)
+    for (std::int64_t row = 0; row < rows; ++row) finish(first + row, block + b, totals + (b * rows + row) * kBlock);
 }
 
-template <int kInputs>
-void multiply_all(ThreadPool& pool, const Problem<kInputs>& p, std::int64_t rows) {
-  const std::int64_t blocks = (p.outputs + kBlock - 1) / kBlock;
-  const std::int64_t row_items = (rows + kItemRows - 1) / kItemRows;
-  // Blocks of an item: enough items for every thread, enough work in each, whole panels where there are many.
-  const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() * kItemsPerThread / row_items);
-  std::int64_t item_blocks = std::max<std::int64_t>(1, blocks / wanted);
-  item_blocks = std::max(item_blocks, kItemWork / (std::min(rows, kItemRows) * p.inputs * kBlock));
-  if (item_blocks > 4) item_blocks = item_blocks / 4 * 4;
-  const std::int64_t block_items = (blocks + item_blocks - 1) / item_blocks;
+template <Storage kStorage, class Finish>
+void multiply_all(ThreadPool& pool, const Product& p, const Finish& finish) {
+  const std::int64_t row_items = (p.rows + kItemRows - 1) / kItemRows;
+  const std::int64_t together = p.rows <= kTwoBlockRows ? 2 : 1;
+  const std::int64_t block_work = std::min(p.rows, kItemRows) * p.weights.inputs * kBlock * together;
+  const std::int64_t item_blocks = together * std::max<std::int64_t>(1, kItemWork / block_work);
+  const std::int64_t block_items = (p.blocks + item_blocks - 1) / item_blocks;
   pool.parallel_for(static_cast<int>(row_items * block_items), [&](int item) {
-    const std::int64_t row = item / block_items, first = row * rows / row_items, last = (row + 1) * rows / row_items;
-    const std::int64_t block = item % block_items * item_blocks;
-    multiply_panels(p, first, last - first, block, static_cast<int>(std::min(item_blocks, blocks - block)));
+    const std::int64_t part = item / block_items, first = part * p.rows / row_items;
+    const std::int64_t rows = (part + 1) * p.rows / row_items - first, begin = item % block_items * item_blocks;
+    const std::int64_t end = std::min(begin + item_blocks, p.blocks);
+    for (std::int64_t block = begin; block < end; block += together)
+      multiply_blocks<kStorage>(p, first, rows, block, std::min(together, end - block), finish);
   });
 }
 
-template <class Weight, class Store>
-void for_each_weight(const void* weight, std::int64_t inputs, std::int64_t outputs, const Store& store) {
-  for (std::int64_t output = 0; output < outputs; ++output)
-    for (std::int64_t k = 0; k < inputs; ++k) store(output, k, static_cast<const Weight*>(weight)[output * inputs + k]);
+template <class Finish>
+void multiply(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights, bool gated,
+              const Finish& finish) {
+  if (rows == 0) return;
+  const Product p{x, rows, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
+  switch (weights.storage) {
+    case Storage::kFloat32:
+      return multiply_all<Storage::kFloat32>(pool, p, finish);
+    case Storage::kBFloat16:
+      return multiply_all<Storage::kBFloat16>(pool, p, finish);
+    case Storage::kFloat16:
+      return multiply_all<Storage::kFloat16>(pool, p, finish);
+    case Storage::kInt8:
+      return multiply_all<Storage::kInt8>(pool, p, finish);
+  }
+}
+
+// Output that lane `lane` of a block holds; `outputs` or more where it holds none.
+std::int64_t output_at(bool gated, std::int64_t outputs, std::int64_t block, std::int64_t lane) {
+  if (!gated) return block * kBlock + lane;
+  const std::int64_t unit = block * kLanes + lane % kLanes;
+  if (unit >= outputs / 2) return outputs;
+  return lane < kLanes ? unit : outputs / 2 + unit;
+}
+
+template <class Weight>
+void pack(const Weight* weight, Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs,
+          std::uint32_t* packed) {
+  const int n = inputs_in_word(storage);
+  const std::int64_t words = words_for(storage, inputs), blocks = blocks_for(gated, outputs);
+  for (std::int64_t block = 0; block < blocks; ++block)
+    for (std::int64_t lane = 0; lane < kBlock; ++lane) {
+      const std::int64_t output = output_at(gated, outputs, block, lane);
+      if (output >= outputs) continue;
+      for (std::int64_t k = 0; k < inputs; ++k)
+        packed[(block * words + k / n) * kBlock + lane] |= static_cast<std::uint32_t>(weight[output * inputs + k])
+                                                           << 8 * sizeof(Weight) * (k % n);
+    }
 }
 
 }  // namespace
 
-void pack_linear(const void* weight, bool is_bfloat16, std::int64_t inputs, std::int64_t outputs,
+std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs) {
+  return blocks_for(gated, outputs) * words_for(storage, inputs) * kBlock;
+}
+
+void pack_linear(const void* weight, Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs,
                  std::uint32_t* packed) {
-  const std::int64_t words = is_bfloat16 ? (inputs + 1) / 2 : inputs;
-  const std::int64_t blocks = (outputs + kBlock - 1) / kBlock;
-  std::fill_n(packed, blocks * words * kBlock, 0u);
-  const auto word = [&](std::int64_t output, std::int64_t index) -> std::uint32_t& {
-    return packed[(output / kBlock * words + index) * kBlock + output % kBlock];
-  };
-  if (is_bfloat16)
-    for_each_weight<std::uint16_t>(weight, inputs, outputs, [&](std::int64_t output, std::int64_t k, std::uint32_t bits) {
-      word(output, k / 2) |= bits << 16 * (k % 2);
-    });
-  else
-    for_each_weight<std::uint32_t>(weight, inputs, outputs, [&](std::int64_t output, std::int64_t k, std::uint32_t bits) {
-      word(output, k) = bits;
-    });
+  std::fill_n(packed, packed_words(storage, gated, inputs, outputs), 0u);
+  const auto run = [&](auto* bits) { pack(bits, storage, gated, inputs, outputs, packed); };
+  switch (inputs_in_word(storage)) {
+    case 1:
+      return run(static_cast<const std::uint32_t*>(weight));
+    case 2:
+      return run(static_cast<const std::uint16_t*>(weight));
+    default:
+      return run(static_cast<const std::uint8_t*>(weight));
+  }
 }
 
 void packed_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights,
                    const float* residual, float* out) {
-  if (rows == 0) return;
-  const auto run = [&](auto problem) { multiply_all(pool, problem, rows); };
-  if (weights.is_bfloat16)
-    run(Problem<2>{x, weights.inputs, weights.outputs, weights.packed, weights.bias, residual, out});
-  else
-    run(Problem<1>{x, weights.inputs, weights.outputs, weights.packed, weights.bias, residual, out});
+  multiply(pool, x, rows, weights, false, [&](std::int64_t row, std::int64_t block, const float* sums) {
+    for (std::int64_t lane = 0; lane < kBlock; lane += kLanes) {
+      const std::int64_t output = block * kBlock + lane, place = row * weights.outputs + output;
+      const int count = static_cast<int>(std::min<std::int64_t>(kLanes, weights.outputs - output));
+      if (count <= 0) return;
+      Vec value = load(sums + lane);
+      if (weights.scales) value *= load_first(weights.scales + output, count);
+      if (weights.bias) value += load_first(weights.bias + output, count);
+      if (residual) value += load_first(residual + place, count);
+      store_first(value, out + place, count);
+    }
+  });
+}
+
+void gated_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights, float* out) {
+  const std::int64_t units = weights.outputs / 2;
+  multiply(pool, x, rows, weights, true, [&](std::int64_t row, std::int64_t block, const float* sums) {
+    const std::int64_t unit = block * kLanes;
+    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, units - unit));
+    Vec gate = load(sums), up = load(sums + kLanes);
+    if (weights.scales) {
+      gate *= load_first(weights.scales + unit, count);
+      up *= load_first(weights.scales + units + unit, count);
+    }
+    store_first(gate / (1.0f + exp(-gate)) * up, out + row * units + unit, count);
+  });
 }
 
 }  // namespace specserve

@@ -8,29 +8,41 @@
 
 namespace specserve {
 
-// Outputs in a block. The packed matrix is [ceil(outputs / kBlock)][ceil(inputs / n)][kBlock] words of four bytes, zeros
-// where there is no output or input. A word holds n inputs of one output: a float, or two bfloat16 with the even input
-// in the low half, so that a shift and a mask widen them.
-constexpr int kBlock = 16;
+// How weights lie in memory; the numbers are shared with Python. Every type widens to float exactly.
+enum class Storage : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
+// Outputs in a block: two vectors, so that a tile of many rows fills the registers and a block is one stream of memory.
+constexpr int kBlock = 2 * kLanes;
+
+// The packed matrix is [ceil(outputs / kBlock)][ceil(inputs / n)][kBlock] words of four bytes, zeros where there is no
+// output or input. A word holds n inputs of one output, the first in its lowest bits: n is 1, 2, 2 or 4 by storage.
+// A gated matrix of 2 m outputs is packed as ceil(m / kLanes) blocks of kLanes gates and their kLanes partners.
+//
 // Mirrored by a ctypes structure: the order and the types of the fields are shared.
 struct LinearWeights {
   const std::uint32_t* packed;
-  const float* bias;   // [outputs] or null
+  const float* scales;  // [outputs], factors of int8 weights; else null
+  const float* bias;    // [outputs] or null
   std::int64_t inputs;
   std::int64_t outputs;
-  std::int32_t is_bfloat16;
+  Storage storage;
 };
 
-// weight: [outputs, inputs], float or bfloat16.
-void pack_linear(const void* weight, bool is_bfloat16, std::int64_t inputs, std::int64_t outputs,
+std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs);
+
+// weight: [outputs, inputs], of the type that `storage` names.
+void pack_linear(const void* weight, Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs,
                  std::uint32_t* packed);
 
-// out [rows, outputs] = x [rows, inputs] weightᵀ + bias + residual (either may be null).
+// out [rows, outputs] = (x [rows, inputs] weightᵀ) scales + bias + residual (each of the three may be null).
 //
 // Output (r, o) is the chain fma(x[r][k], w[o][k], ·) over k = 0, 1, ...: a row's bits do not depend on the other rows,
-// on the number of threads or on which thread computes it. bfloat16 weights are widened, which is exact.
+// on the number of threads, on which thread computes it, or on the storage of a weight that both can represent.
 void packed_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights,
                    const float* residual, float* out);
+
+// out [rows, m] = silu(gate) up, with gate and up the two halves of x weightᵀ, weights packed as a gated matrix of
+// outputs = 2 m, without bias, and silu(z) = z / (1 + e^-z).
+void gated_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights, float* out);
 
 }  // namespace specserve

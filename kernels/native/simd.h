@@ -37,6 +37,10 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
+struct float16 {
+  std::uint16_t bits;
+};
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(bfloat16 value) {
@@ -86,6 +90,33 @@ inline Vec load(const bfloat16* source) {
   return result;
 }
 
+// IEEE half-precision bits, in the low half of each lane, to float: exact, subnormal numbers included.
+inline Vec half_to_float(UintVec halves) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  std::memcpy(&bits, &halves, sizeof bits);
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+#else
+  const UintVec sign = (halves & 0x8000u) << 16, rest = (halves & 0x7fffu) << 13;
+  Vec value;
+  std::memcpy(&value, &rest, sizeof value);
+  value *= 5.192296858534828e33f;  // 2^112, between the biases of the exponents
+  UintVec bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits |= sign | (rest >= 0x0f800000u ? UintVec{} + 0x7f800000u : UintVec{});  // infinity and NaN
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+inline float to_float(float16 value) { return half_to_float(UintVec{} + value.bits)[0]; }
+
+inline Vec load(const float16* source) {
+  HalfVec halves;
+  std::memcpy(&halves, source, sizeof halves);
+  return half_to_float(__builtin_convertvector(halves, UintVec));
+}
+
 // The first `count` elements, zeros behind them.
 template <class T>
 inline Vec load_first(const T* source, int count) {
@@ -100,6 +131,34 @@ inline void store(Vec value, float* target) { std::memcpy(target, &value, sizeof
 inline void store_first(Vec value, float* target, int count) {
   if (count == kLanes) return store(value, target);
   std::memcpy(target, &value, static_cast<std::size_t>(count) * sizeof(float));
+}
+
+// Pairs up the lower, or the upper, halves of two vectors: a0 b0 a1 b1 ...
+#if defined(__AVX512F__)
+inline Vec interleave_low(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Vec interleave_high(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX__)
+inline Vec interleave_low(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline Vec interleave_high(Vec a, Vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+inline Vec interleave_low(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Vec interleave_high(Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// tile[i][j] <- tile[j][i]. The index of an element has the bits (row, column); each round rotates them by one.
+inline void transpose(Vec (&tile)[kLanes]) {
+  for (int bits = kLanes; bits > 1; bits /= 2) {
+    Vec turned[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      turned[2 * i] = interleave_low(tile[i], tile[i + kLanes / 2]);
+      turned[2 * i + 1] = interleave_high(tile[i], tile[i + kLanes / 2]);
+    }
+    std::memcpy(tile, turned, sizeof turned);
+  }
 }
 
 // Sum of the lanes: halves onto halves, so that the order is one of a balanced tree.

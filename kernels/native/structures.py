@@ -12,16 +12,20 @@ import torch
 
 from kernels.blocks import AttentionBatch
 
+# Storage of packed_linear.h
+STORAGES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
 
 class LinearStruct(Structure):
     """LinearWeights of packed_linear.h."""
 
     _fields_ = (
         ("packed", c_void_p),
+        ("scales", c_void_p),
         ("bias", c_void_p),
         ("inputs", c_int64),
         ("outputs", c_int64),
-        ("is_bfloat16", c_int32),
+        ("storage", c_int32),
     )
 
 
@@ -72,7 +76,7 @@ class MlpLayerStruct(Structure):
 
 
 class DecoderStruct(Structure):
-    """Decoder of draft_loop.h."""
+    """Decoder of decoder.h."""
 
     _fields_ = (
         ("attention", POINTER(AttentionLayerStruct)),
@@ -81,10 +85,22 @@ class DecoderStruct(Structure):
         ("head", LinearStruct),
         ("final_norm", c_void_p),
         ("norm_eps", c_float),
-        ("embedding_is_bfloat16", c_int32),
+        ("embedding_storage", c_int32),
         ("embedding", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("vocab", c_int64),
+        ("context", c_int64),
+    )
+
+
+class KvCacheStruct(Structure):
+    """KvCache of decoder.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("slots", c_int64),
+        ("is_bfloat16", c_int32),
     )
 
 
@@ -92,9 +108,7 @@ class SequenceCacheStruct(Structure):
     """SequenceCache of draft_loop.h."""
 
     _fields_ = (
-        ("data", c_void_p),
-        ("slots", c_int64),
-        ("is_bfloat16", c_int32),
+        ("kv", KvCacheStruct),
         ("block_table", POINTER(c_int32)),
         ("max_blocks", c_int64),
         ("block_size", c_int64),

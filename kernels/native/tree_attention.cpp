@@ -8,23 +8,36 @@
 namespace specserve {
 namespace {
 
-// Lines, that is queries of one head, that pass over the same keys together, and the vectors of a line's weighted sum
-// that stay in registers meanwhile.
-constexpr int kMaxLines = 4;
-constexpr int kSumVecs = kAccumulators / kMaxLines >= 4 ? 4 : 2;
+// Vectors of a line's weighted sum that stay in registers, and the lines, that is queries of one head, that pass over the
+// same values together; lines that pass over the same keys.
+constexpr int kSumVecs = kAccumulators >= 24 ? 4 : 2;
+constexpr int kMaxLines = kAccumulators / kSumVecs;
+constexpr int kScoreLines = 8;
 // Rows of a group, and the groups for each thread below which groups become smaller.
 constexpr std::int64_t kGroupRows = 16;
-constexpr int kGroupsPerThread = 4;
+constexpr int kGroupsPerThread = 2;
+// Weights that a group may have at a time: they stay in the L2 cache.
+constexpr std::int64_t kGroupWeights = 65536;
 // Multiply-adds that are worth an item of work.
 constexpr std::int64_t kItemWork = 16384;
 // Entries that are fetched ahead of their use, and the bytes of a cache line.
 constexpr std::int64_t kPrefetch = 8;
 constexpr std::int64_t kCacheLine = 64;
 
+// A query of one head, its places for weights and result, and the sum of its weights.
+struct Line {
+  const float* query;
+  float* weights;
+  float* out;
+  float total;
+};
+
 struct Scratch {
   std::vector<std::int64_t> offsets;
   std::vector<std::size_t> row_ends;
   std::vector<float> weights;
+  std::vector<Vec> keys;  // [head_dim], of kLanes entries
+  std::vector<Line> lines;
 };
 
 Scratch& scratch() {
@@ -47,13 +60,6 @@ struct Operands {
 // Consecutive rows of one sequence. All of them see its first `common` entries.
 struct RowGroup {
   std::int64_t first, rows, common;
-};
-
-// A query of one head and its places for weights and result.
-struct Line {
-  const float* query;
-  float* weights;
-  float* out;
 };
 
 std::int64_t slot_of(const AttentionBatch& batch, std::int64_t row, std::int64_t entry) {
@@ -98,26 +104,43 @@ void prefetch_entry(const Element* base, const std::int64_t* offsets, std::int64
     __builtin_prefetch(entry + d);
 }
 
-// weights[i] = scale * (query · keys[offsets[i]]) for each line.
-template <class Element, int Lines>
-void score(const Line* lines, const Element* keys, const std::int64_t* offsets, std::int64_t count,
-           std::int64_t head_dim, float scale, std::int64_t first) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Element* key = keys + offsets[i];
-    prefetch_entry(keys, offsets, i, count, head_dim);
-    Vec totals[Lines] = {};
-    std::int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) {
-      const Vec part = load(key + d);
-      for (int line = 0; line < Lines; ++line) totals[line] = fma(load(lines[line].query + d), part, totals[line]);
-    }
-    if (d < head_dim) {
-      const int left = static_cast<int>(head_dim - d);
-      const Vec part = load_first(key + d, left);
-      for (int line = 0; line < Lines; ++line)
-        totals[line] = fma(load_first(lines[line].query + d, left), part, totals[line]);
-    }
-    for (int line = 0; line < Lines; ++line) lines[line].weights[first + i] = sum(totals[line]) * scale;
+// keys[d][lane] = keys[offsets[lane]][d] for the first `count` lanes.
+template <class Element>
+void gather_keys(const Element* keys, const std::int64_t* offsets, int count, std::int64_t head_dim, Vec* gathered) {
+  for (std::int64_t d = 0; d < head_dim; d += kLanes) {
+    const int left = static_cast<int>(std::min<std::int64_t>(kLanes, head_dim - d));
+    Vec tile[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) tile[lane] = lane < count ? load_first(keys + offsets[lane] + d, left) : Vec{};
+    transpose(tile);
+    std::copy_n(tile, left, gathered + d);
+  }
+}
+
+// weights[first + lane] = scale * (the chain fma(query[d], key[d], ·) over d = 0, 1, ...), for each of the lines.
+template <int Lines>
+void score(const Line* lines, const Vec* keys, std::int64_t head_dim, float scale, std::int64_t first) {
+  Vec sums[Lines] = {};
+  for (std::int64_t d = 0; d < head_dim; ++d)
+    for (int line = 0; line < Lines; ++line) sums[line] = fma(keys[d], broadcast(lines[line].query[d]), sums[line]);
+  for (int line = 0; line < Lines; ++line) store(sums[line] * scale, lines[line].weights + first);
+}
+
+// call(pointer to the first of them, their number as a constant) for `count` lines, at most kMost at a time.
+template <int kMost, class Call>
+void in_bundles(const Line* lines, std::size_t count, const Call& call) {
+  for (; count >= kMost; lines += kMost, count -= kMost) call(lines, std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 1) in_bundles<kMost - 1>(lines, count, call);
+}
+
+// Scores of some lines for `count` entries, which become number first, first + 1, ... of each.
+template <class Element>
+void score_entries(const Element* keys, const std::int64_t* offsets, std::int64_t count, std::int64_t head_dim, float scale,
+                   std::int64_t first, const Line* lines, std::size_t line_count, Vec* gathered) {
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    gather_keys(keys, offsets + i, static_cast<int>(std::min<std::int64_t>(kLanes, count - i)), head_dim, gathered);
+    in_bundles<kScoreLines>(lines, line_count, [&](const Line* bundle, auto size) {
+      score<size()>(bundle, gathered, head_dim, scale, first + i);
+    });
   }
 }
 
@@ -159,58 +182,59 @@ void accumulate_part(const Line* lines, const Element* values, const std::int64_
     for (int v = 0; v < Vecs; ++v) store_first(sums[line][v], lines[line].out + d + v * kLanes, left);
 }
 
-template <class Element, int Lines>
-void accumulate(const Line* lines, const Element* values, const std::int64_t* offsets, std::int64_t count,
-                std::int64_t head_dim, std::int64_t first) {
-  std::int64_t d = 0;
-  for (; d + kSumVecs * kLanes <= head_dim; d += kSumVecs * kLanes)
-    accumulate_part<Element, Lines, kSumVecs>(lines, values, offsets, count, d, first);
-  for (; d < head_dim; d += kLanes)
-    accumulate_part<Element, Lines, 1>(lines, values, offsets, count, d, first,
-                                       static_cast<int>(std::min<std::int64_t>(kLanes, head_dim - d)));
+template <class Element>
+void accumulate(const Line* lines, std::size_t line_count, const Element* values, const std::int64_t* offsets,
+                std::int64_t count, std::int64_t head_dim, std::int64_t first) {
+  in_bundles<kMaxLines>(lines, line_count, [&](const Line* bundle, auto size) {
+    std::int64_t d = 0;
+    for (; d + kSumVecs * kLanes <= head_dim; d += kSumVecs * kLanes)
+      accumulate_part<Element, size(), kSumVecs>(bundle, values, offsets, count, d, first);
+    for (; d < head_dim; d += kLanes)
+      accumulate_part<Element, size(), 1>(bundle, values, offsets, count, d, first,
+                                          static_cast<int>(std::min<std::int64_t>(kLanes, head_dim - d)));
+  });
 }
 
-// Lines first_line..first_line+Lines of one group and one key head; line i is query head i % n of row i / n, n to a key.
-template <class Element, int Lines>
-void attend(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, std::int64_t first_line,
-            Scratch& own) {
-  const std::int64_t head_dim = p.counts.head_dim, heads_in_group = p.counts.heads / p.counts.kv_heads;
-  const Element *keys = p.keys + kv_head * head_dim, *values = p.values + kv_head * head_dim;
-  const std::size_t room = own.offsets.size() + kLanes;
-  own.weights.resize(std::max(own.weights.size(), Lines * room));
-  Line lines[Lines];
-  std::int64_t tails[Lines], tail_sizes[Lines];
-  for (int i = 0; i < Lines; ++i) {
-    const std::int64_t index = (first_line + i) / heads_in_group, row = group.first + index;
-    const std::int64_t head = kv_head * heads_in_group + (first_line + i) % heads_in_group;
-    lines[i] = {p.query + row * p.query_stride + head * head_dim, own.weights.data() + i * room,
-                p.out + (row * p.counts.heads + head) * head_dim};
-    tails[i] = index == 0 ? group.common : static_cast<std::int64_t>(own.row_ends[index - 1]);
-    tail_sizes[i] = static_cast<std::int64_t>(own.row_ends[index]) - tails[i];
-    std::fill_n(lines[i].out, head_dim, 0.0f);
-  }
-  const std::int64_t* offsets = own.offsets.data();
-  score<Element, Lines>(lines, keys, offsets, group.common, head_dim, p.scale, 0);
-  float totals[Lines];
-  for (int i = 0; i < Lines; ++i) {
-    score<Element, 1>(lines + i, keys, offsets + tails[i], tail_sizes[i], head_dim, p.scale, group.common);
-    const std::int64_t size = group.common + tail_sizes[i];
-    totals[i] = size ? exponentials(lines[i].weights, size) : 1.0f;
-  }
-  accumulate<Element, Lines>(lines, values, offsets, group.common, head_dim, 0);
-  for (int i = 0; i < Lines; ++i) {
-    accumulate<Element, 1>(lines + i, values, offsets + tails[i], tail_sizes[i], head_dim, group.common);
-    for (std::int64_t d = 0; d < head_dim; ++d) lines[i].out[d] /= totals[i];
+// The group's queries of one key head, row after row.
+template <class Element>
+void list_lines(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
+  const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
+  // a last vector of scores may be partly used
+  const std::size_t room = own.offsets.size() + kLanes, count = static_cast<std::size_t>(group.rows * in_row);
+  own.weights.resize(std::max(own.weights.size(), count * room));
+  own.keys.resize(static_cast<std::size_t>(head_dim));
+  own.lines.resize(count);
+  for (std::int64_t i = 0; i < group.rows * in_row; ++i) {
+    const std::int64_t row = group.first + i / in_row, head = kv_head * in_row + i % in_row;
+    own.lines[i] = {p.query + row * p.query_stride + head * head_dim, own.weights.data() + i * room,
+                    p.out + (row * p.counts.heads + head) * head_dim, 1.0f};
+    std::fill_n(own.lines[i].out, head_dim, 0.0f);
   }
 }
 
 template <class Element>
 void attend_group(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
-  const std::int64_t lines = group.rows * (p.counts.heads / p.counts.kv_heads);
-  std::int64_t line = 0;
-  for (; line + kMaxLines <= lines; line += kMaxLines) attend<Element, kMaxLines>(p, group, kv_head, line, own);
-  for (; line + 2 <= lines; line += 2) attend<Element, 2>(p, group, kv_head, line, own);
-  for (; line < lines; ++line) attend<Element, 1>(p, group, kv_head, line, own);
+  const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
+  const Element *keys = p.keys + kv_head * head_dim, *values = p.values + kv_head * head_dim;
+  const std::int64_t* offsets = own.offsets.data();
+  list_lines(p, group, kv_head, own);
+  const auto end_of = [&](std::int64_t row) { return static_cast<std::int64_t>(own.row_ends[row]); };
+  const auto tail_of = [&](std::int64_t row) { return row == 0 ? group.common : end_of(row - 1); };
+  score_entries(keys, offsets, group.common, head_dim, p.scale, 0, own.lines.data(), own.lines.size(), own.keys.data());
+  for (std::int64_t row = 0; row < group.rows; ++row) {
+    Line* lines = own.lines.data() + row * in_row;
+    const std::int64_t tail = tail_of(row), size = end_of(row) - tail;
+    score_entries(keys, offsets + tail, size, head_dim, p.scale, group.common, lines, in_row, own.keys.data());
+    if (group.common + size > 0)
+      for (std::int64_t i = 0; i < in_row; ++i) lines[i].total = exponentials(lines[i].weights, group.common + size);
+  }
+  accumulate(own.lines.data(), own.lines.size(), values, offsets, group.common, head_dim, 0);
+  for (std::int64_t row = 0; row < group.rows; ++row) {
+    const Line* lines = own.lines.data() + row * in_row;
+    accumulate(lines, in_row, values, offsets + tail_of(row), end_of(row) - tail_of(row), head_dim, group.common);
+    for (std::int64_t i = 0; i < in_row; ++i)
+      for (std::int64_t d = 0; d < head_dim; ++d) lines[i].out[d] /= lines[i].total;
+  }
 }
 
 // Cuts the rows into groups of at most `most` rows of one sequence.
@@ -230,7 +254,10 @@ template <class Element>
 void attend_all(ThreadPool& pool, const Operands<Element>& p) {
   const std::int64_t kv_heads = p.counts.kv_heads, slot_size = kv_heads * p.counts.head_dim;
   const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() * kGroupsPerThread / kv_heads);
-  const auto groups = group_rows(p.batch, std::clamp<std::int64_t>(p.batch.rows / wanted, 1, kGroupRows));
+  const std::int64_t longest = *std::max_element(p.batch.prefix_lengths, p.batch.prefix_lengths + p.batch.rows);
+  const std::int64_t row_weights = std::max<std::int64_t>(1, longest * p.counts.heads / kv_heads);
+  const std::int64_t most = std::min({kGroupRows, p.batch.rows / wanted, kGroupWeights / row_weights});
+  const auto groups = group_rows(p.batch, std::max<std::int64_t>(1, most));
   std::int64_t entries = 0;
   for (const RowGroup& group : groups) entries += (group.common + 1) * group.rows;
   const std::int64_t pairs = static_cast<std::int64_t>(groups.size()) * kv_heads;

@@ -1,4 +1,4 @@
-"""The linear layer for the CPU: weights packed once, float32 or bfloat16 in memory, float32 arithmetic."""
+"""The linear layer for the CPU: weights packed once, in memory in their own type or as int8, float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -8,36 +8,52 @@ import torch
 
 from kernels.blocks import check_tensor
 from kernels.native.library import load
-from kernels.native.structures import LinearStruct, pointer
+from kernels.native.structures import STORAGES, LinearStruct, pointer
+from kernels.packed_linear.int8 import quantize
 
 
 class NativeLinear:
     """x float32 [rows, in] -> x weightᵀ + bias, float32 [rows, out].
 
-    The bits of a row depend on that row and the weights alone: not on the other rows, the threads, or whether weights
-    that bfloat16 can represent are stored as bfloat16 or as float32.
+    The bits of a row depend on that row and the weights alone: not on the other rows, the threads, or the type in which
+    weights are stored that several types can represent.
 
-    weight: [out, in], float32 or bfloat16, copied; other types are refused.
+    weight: [out, in], float32, bfloat16 or float16, copied; other types are refused.
     bias: [out], kept as float32.
+    int8: store the weights as int8, see `quantize`.
+    gated: pack for a gated layer, where silu of the first half of the outputs multiplies the second half; only the MLP
+        block can run it.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        if weight.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"weight is {weight.dtype}; the native kernels store torch.float32 or torch.bfloat16")
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False, gated: bool = False
+    ) -> None:
+        if weight.dtype not in STORAGES or not weight.is_floating_point():
+            raise ValueError(
+                f"weight is {weight.dtype}; the native kernels take torch.float32, torch.bfloat16 or torch.float16"
+            )
         outputs, inputs = weight.shape
-        weight = weight.detach().contiguous()
-        is_bfloat16 = int(weight.dtype == torch.bfloat16)
+        weight, scales = quantize(weight.detach()) if int8 else (weight.detach().contiguous(), None)
         self._library = load()
-        words = self._library.specserve_packed_words(inputs, outputs, is_bfloat16)
-        self._packed = torch.empty(words, dtype=torch.int32)
-        self._library.specserve_pack_linear(pointer(weight), is_bfloat16, inputs, outputs, pointer(self._packed))
+        self._scales = scales
+        self._packed = self._pack(weight, gated)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         if self._bias is not None:
             check_tensor("bias", self._bias, (outputs,))
         self.inputs, self.outputs = inputs, outputs
-        self.struct = LinearStruct(pointer(self._packed), pointer(self._bias), inputs, outputs, is_bfloat16)
+        self.struct = LinearStruct(
+            pointer(self._packed), pointer(scales), pointer(self._bias), inputs, outputs, STORAGES[weight.dtype]
+        )
+        self._gated = gated
+
+    def _pack(self, weight: torch.Tensor, gated: bool) -> torch.Tensor:
+        shape = (STORAGES[weight.dtype], gated, weight.shape[1], weight.shape[0])
+        packed = torch.empty(self._library.specserve_packed_words(*shape), dtype=torch.int32)
+        self._library.specserve_pack_linear(pointer(weight), *shape, pointer(packed))
+        return packed
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self._gated, "a gated layer runs in its MLP block"
         check_tensor("x", x, (None, self.inputs), torch.float32)
         out = torch.empty(x.shape[0], self.outputs)
         self._library.specserve_packed_linear(byref(self.struct), pointer(x), x.shape[0], pointer(out))

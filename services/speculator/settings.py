@@ -38,7 +38,10 @@ class SpeculatorSettings(ServiceSettings):
         minimum=0,
     )
     device: str = setting("auto, cpu, cuda, cuda:1, ...", default="auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("Type of the weights; auto: as stored.", default="auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
+        "Type of the weights; auto: as stored. int8 is rounding: another model, half the memory of bfloat16.",
+        default="auto",
+    )
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
     threads: int = setting(
         "CPU threads of the models; 0: all cores. A model as small as these rarely gains from a second one.",

@@ -34,7 +34,10 @@ class VerifierSettings(ServiceSettings):
         minimum=0,
     )
     device: str = setting("auto, cpu, cuda, cuda:1, ...", default="auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("Type of the weights; auto: as stored.", default="auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = setting(
+        "Type of the weights; auto: as stored. int8 is rounding: another model, half the memory of bfloat16.",
+        default="auto",
+    )
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
     threads: int = setting("CPU threads of the model; 0: all cores.", default=0, minimum=0)
     kv_memory: float = setting("Fraction of the free memory for the KV cache.", default=0.5, minimum=0.01, maximum=0.95)

@@ -67,6 +67,15 @@ def test_what_cannot_run_is_refused() -> None:
         choose_backend(torch.device("cpu"), "cuda")  # type: ignore[arg-type]  # a name that the type excludes
 
 
+def test_int8_weights_need_the_native_kernels() -> None:
+    assert choose_backend(torch.device("cpu"), int8=True).int8
+    for device, kernels in (("cpu", "torch"), ("cuda", "auto")):
+        with pytest.raises(
+            BackendUnavailable, match=f"int8 weights run with the native kernels.* not with {kernels} on {device}"
+        ):
+            choose_backend(torch.device(device), kernels, int8=True)  # type: ignore[arg-type]  # a loop widens the literals
+
+
 def test_bfloat16_weights_compute_in_float32_on_the_cpu() -> None:
     assert choose_backend(torch.device("cpu"), "torch").activation_dtype(torch.bfloat16) is torch.float32
     assert choose_backend(torch.device("cuda"), "torch").activation_dtype(torch.bfloat16) is torch.bfloat16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from kernels.backend import choose_backend
 from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock, rms_norm
+from kernels.packed_linear.int8 import quantize
 from tests.kernels.problems import ancestor_masks, mask_words
 
 BLOCK_SIZE = 4
@@ -139,6 +140,26 @@ def test_mlp_block_equals_torch(layer: Layer, residual: bool) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_int8_blocks_are_their_widened_selves(layer: Layer) -> None:
+    def widened(weight: torch.Tensor) -> torch.Tensor:
+        values, scales = quantize(weight)
+        return values.float() * scales[:, None]
+
+    attention, mlp = attention_weights(layer), mlp_weights(layer)
+    wide_attention = replace(attention, qkv=widened(attention.qkv), output=widened(attention.output))
+    wide_mlp = replace(mlp, gate_up=widened(mlp.gate_up), down=widened(mlp.down))
+    batch, hidden = prompt_batch(layer, 0, 13), torch.randn(13, layer.hidden)
+    caches = [empty_kv(layer, torch.float32) for _ in range(2)]
+    actual = NativeAttentionBlock(attention, int8=True)(hidden, caches[0], batch)
+    torch.testing.assert_close(
+        actual, NativeAttentionBlock(wide_attention)(hidden, caches[1], batch), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        NativeMlpBlock(mlp, int8=True)(hidden), NativeMlpBlock(wide_mlp)(hidden), atol=1e-4, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("size", [1, 20, 288])
 def test_rms_norm_equals_torch(size: int) -> None:
     hidden, weight = torch.randn(5, size), torch.rand(size)
@@ -155,10 +176,11 @@ def test_activation_of_extreme_values_is_finite() -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
-def test_tree_nodes_have_the_bits_of_plain_decoding(layer: Layer, kv_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kv_dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_tree_nodes_have_the_bits_of_plain_decoding(layer: Layer, kv_dtype: torch.dtype, int8: bool) -> None:
     """A whole layer on a tree in one step, and each of its paths token by token behind the same prompt."""
-    attention, mlp = NativeAttentionBlock(attention_weights(layer)), NativeMlpBlock(mlp_weights(layer))
+    attention = NativeAttentionBlock(attention_weights(layer), int8=int8)
+    mlp = NativeMlpBlock(mlp_weights(layer), int8=int8)
     prompt, nodes = torch.randn(13, layer.hidden), torch.randn(len(PARENTS), layer.hidden)
 
     def forward(hidden: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The packed linear layer against torch, and its promise about bits."""
+"""The packed linear layer against torch, in every storage, and its promise about bits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from kernels.native import get_num_threads, set_num_threads
+from kernels.packed_linear.int8 import quantize
 from kernels.packed_linear.native import NativeLinear
 
 # inputs beyond the depth of a panel, odd inputs, outputs that fill no block, one of each
 SIZES = [(1, 1), (7, 3), (64, 16), (65, 100), (129, 17), (2051, 33), (512, 272)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_equals_torch(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
@@ -24,18 +26,43 @@ def test_equals_torch(inputs: int, outputs: int, bias: bool, dtype: torch.dtype)
     torch.testing.assert_close(NativeLinear(weight, offset)(x).double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_a_row_does_not_depend_on_the_others(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+def test_int8_equals_its_widened_weights(inputs: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(outputs, inputs), torch.randn(19, inputs)
+    offset = torch.randn(outputs) if bias else None
+    values, scales = quantize(weight)
+    widened = values.double() * scales.double()[:, None]
+    expected = torch.nn.functional.linear(x.double(), widened, None if offset is None else offset.double())
+    torch.testing.assert_close(NativeLinear(weight, offset, int8=True)(x).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_quantization_is_off_by_half_a_step_at_most() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(50, 40) * torch.logspace(-6, 6, 50)[:, None]
+    weight[7] = 0
+    values, scales = quantize(weight.bfloat16())
+    assert values.dtype is torch.int8
+    assert values.abs().max(1).values.tolist() == [127] * 7 + [0] + [127] * 42
+    error = (values.float() * scales[:, None] - weight.bfloat16().float()).abs()
+    assert (error <= scales[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("storage", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_a_row_does_not_depend_on_the_others(inputs: int, outputs: int, storage: torch.dtype) -> None:
     torch.manual_seed(1)
-    linear = NativeLinear(torch.randn(outputs, inputs).to(dtype), torch.randn(outputs))
-    x = torch.randn(64, inputs)
-    alone = torch.cat([linear(x[row : row + 1]) for row in range(64)])
-    for rows in range(1, 65):
+    int8 = storage is torch.int8
+    weight = torch.randn(outputs, inputs).to(torch.float32 if int8 else storage)
+    linear = NativeLinear(weight, torch.randn(outputs), int8=int8)
+    x = torch.randn(100, inputs)
+    alone = torch.cat([linear(x[row : row + 1]) for row in range(100)])
+    for rows in range(1, 101):
         assert torch.equal(linear(x[:rows]), alone[:rows]), f"{rows} rows"
     many = torch.randn(300, inputs)
-    many[123:187] = x
-    assert torch.equal(linear(many)[123:187], alone)
+    many[123:223] = x
+    assert torch.equal(linear(many)[123:223], alone)
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
@@ -53,12 +80,20 @@ def test_the_number_of_threads_does_not_matter() -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_bfloat16_in_memory_changes_no_bit(inputs: int, outputs: int) -> None:
+def test_two_bytes_in_memory_change_no_bit(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
-    weight = torch.randn(outputs, inputs).to(torch.bfloat16)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    weight.view(-1)[::5] *= 2.0**-20  # subnormal in float16
     x = torch.randn(9, inputs)
     assert torch.equal(NativeLinear(weight)(x), NativeLinear(weight.float())(x))
+
+
+def test_every_float16_widens_exactly() -> None:
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    widened = NativeLinear(halves[:, None])(torch.ones(1, 1))[0]
+    torch.testing.assert_close(widened, halves.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -73,5 +108,5 @@ def test_wrong_operands_are_named() -> None:
         linear(torch.randn(2, 4).double())
     with pytest.raises(ValueError, match=r"call \.contiguous"):
         linear(torch.randn(4, 2).t())
-    with pytest.raises(ValueError, match=r"weight is torch\.float16"):
-        NativeLinear(torch.randn(3, 4).half())
+    with pytest.raises(ValueError, match=r"weight is torch\.float64; the native kernels take torch\.float32, "):
+        NativeLinear(torch.randn(3, 4).double())

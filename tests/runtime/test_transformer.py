@@ -23,8 +23,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_model(tmp_path_factory.mktemp("model"), request.param)
 
 
-def load(folder: Path, kernels: RequestedName = "auto") -> tuple[Transformer, KVCache]:
-    model = Transformer.load(folder, LoadOptions(device="cpu", kernels=kernels))
+def load(folder: Path, kernels: RequestedName = "auto", dtype: str = "auto") -> tuple[Transformer, KVCache]:
+    model = Transformer.load(folder, LoadOptions(device="cpu", dtype=dtype, kernels=kernels))
     assert kernels in ("auto", model.backend.name)
     return model, KVCache(model.config, 64, model.device, model.activation_dtype)
 
@@ -55,9 +55,9 @@ def test_logits_equal_hugging_face(folder: Path, kernels: RequestedName) -> None
         torch.testing.assert_close(run_chain(model, cache, tokens, chunk), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: RequestedName) -> None:
-    model, cache = load(folder, kernels)
+@pytest.mark.parametrize(("kernels", "dtype"), [("native", "auto"), ("native", "int8"), ("torch", "auto")])
+def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: RequestedName, dtype: str) -> None:
+    model, cache = load(folder, kernels, dtype)
     committed = prompt(21)
     tree = TokenTree((5, 6, 7, 8, 9, 10, 6), (-1, 0, 0, 1, 1, 2, 2))
     sequence = CachedSequence()
@@ -114,13 +114,47 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
         first += count
 
 
-def test_bfloat16_weights_compute_like_their_widened_selves(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "bf16", "llama-gqa")
-    narrow = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    narrow.save_pretrained(folder)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_compute_like_their_widened_selves(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_model(tmp_path / "narrow", "llama-gqa")
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     tokens = prompt(20)
     model, cache = load(folder, "native")
-    assert model.weight_dtype == torch.bfloat16
+    assert model.weight_dtype == dtype
     widened = Transformer.load(folder, LoadOptions(device="cpu", dtype="float32", kernels="native"))
     other = KVCache(widened.config, 8, widened.device, widened.activation_dtype)
     assert torch.equal(run_chain(model, cache, tokens, 20), run_chain(widened, other, tokens, 20))
+
+
+def test_int8_moves_logits_a_little(folder: Path) -> None:
+    tokens = prompt(60)
+    exact = run_chain(*load(folder, "native"), tokens, 60)
+    model, cache = load(folder, dtype="int8")
+    rounded = run_chain(model, cache, tokens, 60)
+    assert not torch.equal(rounded, exact)
+    assert ((rounded - exact).std() / exact.std()) < 0.05
+    assert torch.equal(run_chain(model, cache, tokens, 1), rounded)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_one_call_for_all_layers_has_the_bits_of_the_layers(folder: Path, dtype: str) -> None:
+    """The blocks, which ranks of a group call one by one, against the decoder, which one process calls."""
+    model, cache = load(folder, "native", dtype)
+    sequence = CachedSequence()
+    cache.reserve(sequence, 90)
+    batch = FlatBatch.of([Segment.chain(sequence, prompt(90), 0)], model.device)
+    together, written = model.forward(batch, cache), cache.data.clone()
+    cache.data.zero_()
+    assert torch.equal(model.forward_by_layer(batch, cache), together)
+    assert torch.equal(cache.data, written)
+
+
+def test_tokens_and_positions_beyond_the_model_are_named(folder: Path) -> None:
+    model, cache = load(folder, "native")
+    sequence = CachedSequence()
+    cache.reserve(sequence, 3)
+    batch = FlatBatch.of([Segment.chain(sequence, [1, VOCAB, 2], 0)], model.device)
+    with pytest.raises(
+        IndexError, match=f"row 1 has token {VOCAB} at position 1; the model has {VOCAB} tokens and 256"
+    ):
+        model.forward(batch, cache)

@@ -40,7 +40,9 @@ def test_a_sharded_checkpoint_loads_like_a_whole_one(folder: Path, tmp_path: Pat
     [
         (torch.float32, "auto", torch.float32),
         (torch.bfloat16, "auto", torch.bfloat16),
-        (torch.float16, "auto", torch.float32),
+        (torch.float16, "auto", torch.float16),
+        (torch.float16, "int8", torch.int8),
+        (torch.float32, "int8", torch.int8),
         (torch.float32, "bfloat16", torch.bfloat16),
         (torch.bfloat16, "float32", torch.float32),
     ],
