@@ -222,7 +222,7 @@ def test_padded_steps_of_a_model_equal_torch(tmp_path: Path, monkeypatch: pytest
     """Every kernel in its place, on the shapes that are captured in graphs."""
     folder = write_model(tmp_path / "model", "qwen3")
     reference = Transformer.load(folder, LoadOptions(device="cpu", kernels="torch"))
-    monkeypatch.setattr("runtime.transformer.choose_backend", lambda device, kernels: choose_backend(GPU, "triton"))
+    monkeypatch.setattr("runtime.transformer.choose_backend", lambda *_, **__: choose_backend(GPU, "triton"))
     model = Transformer.load(folder, LoadOptions(device=DEVICE, dtype="float32"))
     assert model.backend.name == "triton"
     caches = [KVCache(m.config, 64, m.device, torch.float32) for m in (reference, model)]
