@@ -155,7 +155,8 @@ class Transformer:
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """Compute the segments' rows and return the next-token logits of some of them, float32 [len(rows), vocab].
 
-        Every cache must have the blocks that its rows write. The result may be overwritten by the next step.
+        rows: in any order, which is the result's. Every cache must have the blocks that its rows write. The result may
+        be overwritten by the next step.
         """
         graphs = self._graphs
         if graphs is not None and graphs.cache is cache and (shape := graphs.shape_of(segments)) is not None:
@@ -163,7 +164,7 @@ class Transformer:
         hidden = self.forward(FlatBatch.of(segments, self.device), cache)
         if not rows:
             return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        if len(rows) < len(hidden):
+        if list(rows) != list(range(len(hidden))):
             hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)]
         return self.logits(hidden)
 

@@ -102,6 +102,20 @@ def accept_chosen(tree: TokenTree, chosen: Sequence[int]) -> Accepted:
     return _follow(tree, lambda node, _path: chosen[node])
 
 
+def choose_behind_all(
+    tree: TokenTree, log_probs: torch.Tensor, *, greedy: bool, seed: int, position: int
+) -> torch.Tensor:
+    """The token behind every node, int64 [nodes] on the device of log_probs, for `accept_chosen`; nothing is read back.
+
+    They are those that `accept` chooses at the nodes it visits, by every rule but MSS.
+
+    log_probs: float [nodes, vocab], of each node behind its own path. position: of the token behind the root.
+    """
+    if greedy:
+        return log_probs.argmax(-1)
+    return choose_tokens(log_probs, seed, [position + depth for depth in tree.depths()])
+
+
 def choose_tokens(log_probs: torch.Tensor, seed: int, positions: Sequence[int]) -> torch.Tensor:
     """Draw the token of each position by the Gumbel-max trick: argmax(log p + g(seed, position)).
 

@@ -143,7 +143,8 @@ def _nucleus_threshold(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     """Score of the last token of the smallest set with probability >= top_p; float32 [n, 1] for scores [n, vocab]."""
     log_total = scores.logsumexp(-1, keepdim=True)
     vocab_size = scores.shape[-1]
-    guess = min(_NUCLEUS_GUESS, vocab_size)
+    # Whether the guess suffices would have to be read back from another device; there, sorting is the smaller evil.
+    guess = min(_NUCLEUS_GUESS, vocab_size) if scores.device.type == "cpu" else vocab_size
     descending = scores.topk(guess).values
     cumulative = (descending - log_total).exp().double().cumsum(-1)
     if guess < vocab_size and bool((cumulative[:, -1] < top_p).any()):

@@ -21,7 +21,8 @@ from services.verifier.request import GenerationRequest, QueueFull, Sink, StepOu
 from services.verifier.runner import Runner, StepLogits
 from services.verifier.scheduler import Scheduler, SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
-from speculation.acceptance import Accepted, accept, accept_chosen, resolve_rule
+from services.verifier.verification import verify
+from speculation.acceptance import Accepted
 from speculation.logits import LogitsPipeline
 from speculation.merge import MergedDraft
 
@@ -163,28 +164,9 @@ class Engine:
     def _verify(
         self, plans: Sequence[SequencePlan], drafts: Mapping[int, MergedDraft], logits: StepLogits
     ) -> dict[int, Accepted]:
-        """The accepted path of every tree and one more token, by sequence id."""
         decoding = [plan.sequence for plan in plans if plan.decodes]
-        plain = any(sequence.pipeline.plain_argmax for sequence in decoding)
-        chosen = logits.trees.argmax(-1).tolist() if plain else []
-        accepted: dict[int, Accepted] = {}
-        for sequence in decoding:
-            draft, start = drafts[sequence.id], logits.tree_starts[sequence.id]
-            if sequence.pipeline.plain_argmax:
-                accepted[sequence.id] = accept_chosen(draft.tree, chosen[start : start + len(draft.tree)])
-            else:
-                accepted[sequence.id] = self._accept_processed(sequence, draft, logits.trees[start:])
-        return accepted
-
-    def _accept_processed(self, sequence: RunningSequence, draft: MergedDraft, rows: torch.Tensor) -> Accepted:
-        params = sequence.request.sampling
-        return accept(
-            resolve_rule(self.drafts.settings.rule, params),
-            draft,
-            lambda node, path: sequence.pipeline.process(rows[node], path),
-            seed=params.seed,
-            position=len(sequence.tokens),
-        )
+        on_device = logits.trees.device.type != "cpu"
+        return verify(decoding, drafts, logits, self.drafts.settings.rule, all_nodes=on_device)
 
     def _commit(
         self,

@@ -73,7 +73,7 @@ def run_steps(
                 tree = random_tree(chance, size if index else 2 * size + 5)  # masks of one word and of two
                 segments.append(tree_segment(cache, sequence, tree, prompt))
         rows = sum(len(segment.token_ids) for segment in segments)
-        wanted = sorted(chance.sample(range(rows), chance.randint(0, rows)))
+        wanted = chance.sample(range(rows), chance.choice([0, rows // 2, rows]))
         if graphs is None:
             results.append(model.step(segments, wanted, cache).clone())
         else:
