@@ -1,7 +1,8 @@
-"""Builds the native kernels for this machine's own CPU: `python -m kernels.build`.
+"""Builds the native kernels: `python -m kernels.build` for this machine's own CPU; `python -m kernels.build x86-64-v3`
+for a family of CPUs, for what is built here and runs elsewhere.
 
-The library's name carries a hash of its source, the flags and the CPU, so that one from another version or another
-machine is never loaded. Only this command needs a compiler.
+The library's name carries a hash of its source, the flags and, for this machine's own, the CPU, so that one from
+another version or another machine is never loaded. Only this command needs a compiler.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from kernels.targets import NATIVE, cpu_identity, portable_targets
 
 SOURCE = Path(__file__).parent / "native"
 BUILD = Path(__file__).parent / "_build"
@@ -24,31 +28,41 @@ class BuildError(RuntimeError):
     """The native kernels could not be built; the message says why and what to do."""
 
 
-def compiler_flags(machine: str) -> list[str]:
-    native = "-mcpu=native" if machine in ("aarch64", "arm64") else "-march=native"
+def compiler_flags(machine: str, target: str = NATIVE) -> list[str]:
+    option = "-mcpu" if target == NATIVE and machine in ("aarch64", "arm64") else "-march"
     # No contraction: whether a compiler fuses a product and a sum depends on the code around them, and a tree node must
     # round like a plain token. The source says where to fuse.
-    return ["-std=c++17", "-O3", native, "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
+    rest = ["-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
+    return ["-std=c++17", "-O3", f"{option}={target}", *rest]
 
 
-def cpu_identity() -> str:
-    """What distinguishes CPUs that need different code: the model and the features that the kernel reports."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    first_cpu = info.read_text().split("\n\n")[0].splitlines()
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(line for line in first_cpu if line.startswith(wanted))
-
-
-def library_path() -> Path:
-    """Where the library of this source for this machine is, or will be."""
+def library_path(target: str = NATIVE) -> Path:
+    """Where the library of this source for that target is, or will be."""
     digest = hashlib.sha256()
     for source in sorted(SOURCE.glob("*.cpp")) + sorted(SOURCE.glob("*.h")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    digest.update("\0".join(compiler_flags(platform.machine())).encode())
-    digest.update(cpu_identity().encode())
-    return BUILD / f"specserve-{digest.hexdigest()[:16]}.so"
+    digest.update("\0".join(compiler_flags(platform.machine(), target)).encode())
+    if target == NATIVE:
+        digest.update(cpu_identity().encode())
+    return BUILD / f"specserve-{target}-{digest.hexdigest()[:16]}.so"
+
+
+def find_library() -> Path:
+    """The library for this very CPU, else the most capable portable one that it can run.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if (own := library_path()).exists():
+        return own
+    missing: list[str] = []
+    for target in portable_targets():
+        if (path := library_path(target.name)).exists():
+            if not target.missing():
+                return path
+            missing.append(f"{target.name} (this CPU lacks {', '.join(target.missing())})")
+    built = f"; there are libraries for {', '.join(missing)}" if missing else ""
+    raise BuildError(f"the native kernels are not built for this CPU{built}; run python -m kernels.build")
 
 
 def find_compiler() -> str:
@@ -64,41 +78,49 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler: looked for {', '.join(wanted)}; install g++ or clang++, or set CXX to one")
 
 
-def build() -> Path:
+def build(target: str = NATIVE) -> Path:
     """Compile unless the library is there already; libraries of other versions are removed.
+
+    target: `native`, or one of portable_targets().
 
     Raises:
         BuildError: no compiler, or it failed or took longer than TIMEOUT_SECONDS.
     """
-    target = library_path()
-    if target.exists():
-        return target
+    library = library_path(target)
+    if library.exists():
+        return library
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        unfinished = Path(scratch) / target.name
+        unfinished = Path(scratch) / library.name
         sources = [str(source) for source in sorted(SOURCE.glob("*.cpp"))]
-        command = [find_compiler(), *compiler_flags(platform.machine()), *sources, "-o", str(unfinished)]
+        command = [find_compiler(), *compiler_flags(platform.machine(), target), *sources, "-o", str(unfinished)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{command[0]} took longer than {TIMEOUT_SECONDS:.0f} s") from error
         if done.returncode:
             raise BuildError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr.strip()}")
-        unfinished.replace(target)  # atomic: nobody loads half a library
-    for stale in BUILD.glob("specserve-*.so"):
-        if stale != target:
-            stale.unlink(missing_ok=True)
-    return target
+        unfinished.replace(library)  # atomic: nobody loads half a library
+    current = {library_path(name) for name in (NATIVE, *(target.name for target in portable_targets()))}
+    for stale in set(BUILD.glob("specserve-*.so")) - current:
+        stale.unlink(missing_ok=True)
+    return library
 
 
-def main() -> int:
-    try:
-        print(f"native kernels: {build()}")
-    except BuildError as error:
-        print(f"native kernels: not built, PyTorch's will run instead (slower). {error}", file=sys.stderr)
-        return 1
+def main(targets: Sequence[str]) -> int:
+    """Builds for each target, for this machine's own CPU when none is given; 1 when one could not be built."""
+    allowed = (NATIVE, *(target.name for target in portable_targets()))
+    if unknown := sorted(set(targets) - set(allowed)):
+        print(f"native kernels: no target {unknown[0]!r}; allowed: {', '.join(allowed)}", file=sys.stderr)
+        return 2
+    for target in targets or [NATIVE]:
+        try:
+            print(f"native kernels: {build(target)}")
+        except BuildError as error:
+            print(f"native kernels: not built, PyTorch's will run instead (slower). {error}", file=sys.stderr)
+            return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from kernels.build import library_path
+from kernels.build import BuildError, find_library
 from kernels.native.structures import (
     AttentionBatchStruct,
     AttentionLayerStruct,
@@ -88,9 +88,10 @@ def load() -> ctypes.CDLL:
     Raises:
         NativeUnavailable: it is not built for this source and this CPU, or it cannot be loaded.
     """
-    path = library_path()
-    if not path.exists():
-        raise NativeUnavailable("the native kernels are not built for this CPU; run python -m kernels.build")
+    try:
+        path = find_library()
+    except BuildError as error:
+        raise NativeUnavailable(str(error)) from None
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -117,7 +118,7 @@ def native_status() -> str:
         load()
     except NativeUnavailable as error:
         return str(error)
-    return f"loaded {library_path().name}"
+    return f"loaded {find_library().name}"
 
 
 def set_num_threads(threads: int) -> None:
