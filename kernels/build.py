@@ -1,5 +1,5 @@
-"""Builds the native kernels: `python -m kernels.build` for this machine's own CPU; `python -m kernels.build x86-64-v3`
-for a family of CPUs, for what is built here and runs elsewhere.
+"""Builds the native kernels: `python -m kernels.build` for this machine's own CPU; `python -m kernels.build portable`
+for families of CPUs, for what is built here and runs elsewhere.
 
 The library's name carries a hash of its source, the flags and, for this machine's own, the CPU, so that one from
 another version or another machine is never loaded. Only this command needs a compiler.
@@ -108,12 +108,17 @@ def build(target: str = NATIVE) -> Path:
 
 
 def main(targets: Sequence[str]) -> int:
-    """Builds for each target, for this machine's own CPU when none is given; 1 when one could not be built."""
-    allowed = (NATIVE, *(target.name for target in portable_targets()))
+    """Builds for each target, for this machine's own CPU when none is given; 1 when one could not be built.
+
+    `portable` stands for all portable targets.
+    """
+    portable = [target.name for target in portable_targets()]
+    allowed = (NATIVE, "portable", *portable)
     if unknown := sorted(set(targets) - set(allowed)):
         print(f"native kernels: no target {unknown[0]!r}; allowed: {', '.join(allowed)}", file=sys.stderr)
         return 2
-    for target in targets or [NATIVE]:
+    names = [name for target in targets or [NATIVE] for name in (portable if target == "portable" else [target])]
+    for target in names:
         try:
             print(f"native kernels: {build(target)}")
         except BuildError as error:
