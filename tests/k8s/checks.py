@@ -126,6 +126,8 @@ def _check_ports(pod: Pod, container: Mapping[str, Any], settings: ServiceSettin
     edge = "http" if isinstance(settings, GatewaySettings) else "grpc"
     assert isinstance(settings, GatewaySettings | VerifierSettings | SpeculatorSettings)
     wanted = {edge: settings.port, "metrics": settings.metrics_port}
+    if not isinstance(settings, GatewaySettings):
+        wanted["health"] = settings.health_port
     if wanted != pod.ports():
         yield f"{pod.workload}: the service listens on {wanted}, the manifest says {pod.ports()}"
     for address in (settings.host, settings.metrics_host):

@@ -22,6 +22,7 @@ def environment(
     """
     values: dict[str, str] = {}
     for variable in container.get("env", ()):
+        assert variable["name"] not in values, f"{pod.workload} gives {variable['name']} twice"
         value = _value(variable, pod, resources, secrets)
         if value is not None:
             values[variable["name"]] = value

@@ -10,6 +10,7 @@ What only a cluster has is replaced, and nothing else:
 | the path of a ConfigMap | a folder with its files |
 | the path of an emptyDir or a claim | a folder, the same one for all that mount the same claim |
 | `/app`, the working folder of an image | the repository |
+| the path of a secret | a folder with the files that the test gives |
 | the model hub | a server on loopback that has the embedded models under the ids that the overlay names |
 | a GPU (`device = "cuda"`) | the CPU, by SPECSERVE_*_DEVICE |
 | a pod's own memory | one percent of this machine's, by SPECSERVE_*_KV_MEMORY |
@@ -24,6 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,6 +83,14 @@ class Substitutions:
                         yield f"{service['metadata']['name']}:{entry['port']}", self.port(pod, entry["targetPort"])
 
 
+@dataclass(frozen=True)
+class Given:
+    """What comes from outside the manifests: variables for every container, and files by secret."""
+
+    environment: Mapping[str, str]
+    secrets: Mapping[str, Mapping[str, bytes]]
+
+
 def _any_of(texts: Iterable[str]) -> str:
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
@@ -94,17 +104,18 @@ class Container:
         container: Mapping[str, Any],
         resources: list[Resource],
         substitutions: Substitutions,
-        extra: Mapping[str, str],
+        given: Given,
     ) -> None:
         self.pod = pod
         self.spec = container
         self._substitutions = substitutions
         self._fill_config_maps(resources)
+        self._fill_secrets(given.secrets)
         values = environment(pod, container, resources, secrets={})
         self.command = [self._text(word) for word in command(container, values)]
         self._environment = {name: self._text(value) for name, value in values.items()}
         self._environment |= {"PATH": ":".join(PROGRAMS), "PYTHONPATH": str(REPOSITORY)}
-        self._environment |= {"HOME": self._text("/home/specserve")} | dict(extra) | self._smaller()
+        self._environment |= {"HOME": self._text("/home/specserve")} | dict(given.environment) | self._smaller()
         self.log = substitutions.mount(pod, {"name": f"{container['name']}-log"}) / "log"
 
     def _text(self, text: str) -> str:
@@ -113,6 +124,14 @@ class Container:
     def _fill_config_maps(self, resources: list[Resource]) -> None:
         for path, content in mounted_files(self.pod, self.spec, resources).items():
             Path(self._text(path)).write_text(self._text(content))
+
+    def _fill_secrets(self, secrets: Mapping[str, Mapping[str, bytes]]) -> None:
+        volumes = {volume["name"]: volume["secret"] for volume in self.pod.spec["volumes"] if "secret" in volume}
+        for mount in self.spec["volumeMounts"]:
+            if mount["name"] in volumes:
+                folder = self._substitutions.mount(self.pod, mount)
+                for name, content in secrets[volumes[mount["name"]]["secretName"]].items():
+                    (folder / name).write_bytes(content)
 
     def _smaller(self) -> dict[str, str]:
         section = (service_module(self.spec) or "").removeprefix("services.").upper()
@@ -209,9 +228,7 @@ def _http_passes(port: int, action: Mapping[str, Any], timeout_s: float) -> bool
 
 
 @contextmanager
-def running(
-    resources: list[Resource], folder: Path, extra: Mapping[str, str], timeout_s: float
-) -> Iterator[dict[str, Container]]:
+def running(resources: list[Resource], folder: Path, given: Given, timeout_s: float) -> Iterator[dict[str, Container]]:
     """All pods of an overlay: init containers to their end, then everything at once; yields them by workload."""
     substitutions = Substitutions(resources, folder)
     with ExitStack() as stack:
@@ -219,10 +236,10 @@ def running(
         for pod in sorted(pods(resources), key=lambda pod: pod.kind != "Job"):
             first = pod.spec["containers"] if pod.kind == "Job" else pod.spec.get("initContainers", ())
             for container in first:
-                Container(pod, container, resources, substitutions, extra).run(timeout_s)
+                Container(pod, container, resources, substitutions, given).run(timeout_s)
         for pod in pods(resources):
             if pod.kind != "Job":
                 (container,) = pod.spec["containers"]
-                containers[pod.workload] = Container(pod, container, resources, substitutions, extra)
+                containers[pod.workload] = Container(pod, container, resources, substitutions, given)
                 stack.enter_context(containers[pod.workload].running())
         yield containers

@@ -93,7 +93,12 @@ def _config(old: str, new: str) -> Break:
 
 
 def _variable(name: str, value: str) -> Break:
-    return lambda resources: _container(resources, "verifier")["env"].append({"name": name, "value": value})
+    def change(resources: list[Resource]) -> None:
+        container = _container(resources, "verifier")
+        others = [variable for variable in container["env"] if variable["name"] != name]
+        container["env"] = [*others, {"name": name, "value": value}]
+
+    return change
 
 
 def _pod(field: str, value: object) -> Break:
@@ -137,7 +142,7 @@ def test_what_is_not_true_is_found(name: str, tmp_path: Path) -> None:
     assert any(expected in complaint for complaint in complaints_about(resources, tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ServiceMonitor"])
+@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ServiceMonitor", "Certificate", "Issuer"])
 def test_unknown_fields_are_refused(kind: str) -> None:
     resource = copy.deepcopy(next(item for item in overlay("gpu") if item["kind"] == kind))
     resource["spec"]["replica"] = 1

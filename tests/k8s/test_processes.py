@@ -6,9 +6,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from tests.k8s.hub import hub
-from tests.k8s.processes import Substitutions, running
+from tests.k8s.processes import Given, Substitutions, running
 from tests.k8s.rendering import REPOSITORY, Resource, named, overlay, pods, with_components
 
 START_TIMEOUT_S = 120.0
@@ -22,10 +23,25 @@ def models_of(resources: list[Resource]) -> dict[str, Path]:
     return {ids["llm"]: MODELS / "default-llm", ids["ssm"]: MODELS / "default-ssm-1"}
 
 
+def certificates(resources: list[Resource]) -> dict[str, dict[str, bytes]]:
+    """Files by secret, as cert-manager would issue them, for the loopback address beside the names of the Services."""
+    authority = trustme.CA()
+    secrets: dict[str, dict[str, bytes]] = {}
+    for item in resources:
+        if item["kind"] == "Certificate" and not item["spec"].get("isCA"):
+            issued = authority.issue_cert(*item["spec"]["dnsNames"], "127.0.0.1")
+            secrets[item["spec"]["secretName"]] = {
+                "tls.crt": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
+                "tls.key": issued.private_key_pem.bytes(),
+                "ca.crt": authority.cert_pem.bytes(),
+            }
+    return secrets
+
+
 def run_and_ask(resources: list[Resource], folder: Path) -> None:
     with hub(models_of(resources)) as endpoint:
-        extra = {"HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}
-        with running(resources, folder, extra, START_TIMEOUT_S) as containers:
+        given = Given({"HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}, certificates(resources))
+        with running(resources, folder, given, START_TIMEOUT_S) as containers:
             assert {pod.workload for pod in pods(resources) if pod.kind != "Job"} == containers.keys()
             for container in containers.values():
                 assert container.wait_until_probed(START_TIMEOUT_S) == PROBES
