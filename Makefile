@@ -4,6 +4,7 @@
 # make bench   the speed table                                        make clean       remove what make made
 # make bench-peers   install llama.cpp and vLLM for make bench to compare with
 # make bench-acceptance   tokens per LLM step by draft, without a clock
+# make bench-gpu   tree attention and a 7B-shaped step on a CUDA device
 #
 # PYTHON=python3.12 make serve   chooses the interpreter; ARGS="--port 9000" adds flags to `specserve up`.
 
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test test-slow test-gpu check protos bench bench-peers bench-acceptance clean setup
+.PHONY: serve test test-slow test-gpu check protos bench bench-peers bench-acceptance bench-gpu clean setup
 .DEFAULT_GOAL := serve
 
 serve: setup
@@ -48,6 +49,9 @@ bench-peers: setup
 
 bench-acceptance: setup
 	$(BIN)/python -m benchmarks.acceptance $(ARGS)
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 setup: $(VENV)/.installed
 	@$(BIN)/python -m kernels.build || true  # says itself what runs instead

@@ -6,7 +6,8 @@ With PyTorch's they are what the native blocks are tested against.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -63,6 +64,12 @@ class ComposedAttentionBlock:
         if weights.query_norm is not None and weights.key_norm is not None:
             self._head_norms = HeadNorms(weights.query_norm, weights.key_norm, weights.norm_eps)
         self._operations = operations
+
+    def with_attention(self, tree_attention: TreeAttention) -> ComposedAttentionBlock:
+        """The same block, sharing its weights, around another attention."""
+        other = copy(self)
+        other._operations = replace(self._operations, tree_attention=tree_attention)
+        return other
 
     def __call__(
         self, hidden: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch, *, residual: bool = False

@@ -94,3 +94,11 @@ def test_same_on_the_gpu() -> None:
     on_cpu = gumbel_noise(7, [3, 4], 32003)
     on_gpu = gumbel_noise(7, [3, 4], 32003, "cuda").cpu()
     assert torch.allclose(on_cpu, on_gpu, rtol=1e-13, atol=1e-13), "the bits are equal, only the logarithms may differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_noise_of_the_gpu_differs_by_its_logarithms_alone() -> None:
+    positions = list(range(0, 4000, 97))
+    expected = gumbel_noise(2**63 + 5, positions, 1000)
+    torch.testing.assert_close(gumbel_noise(2**63 + 5, positions, 1000, "cuda").cpu(), expected, atol=1e-14, rtol=1e-14)
