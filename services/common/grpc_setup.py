@@ -223,14 +223,15 @@ def _bind(server: grpc.aio.Server, host: str, port: int, security: Security, fla
         raise StartupError(f"cannot listen on {address} ({error}); choose another --host or {flag}") from None
 
 
-def aio_channel(address: str, security: Security) -> grpc.aio.Channel:
+def aio_channel(address: str, security: Security, name: str = "") -> grpc.aio.Channel:
     """An asyncio channel to HOST:PORT; connects at its first call, and again whenever the connection is lost.
 
-    With TLS it keeps the certificates of now; a new channel takes the newest.
+    With TLS it keeps the certificates of now; a new channel takes the newest. name: that the peer's certificate must
+    carry, unless the settings give one; the host of the address when it is empty.
     """
     if security is INSECURE:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    options = (*CHANNEL_OPTIONS, *_name_options(security))
+    options = (*CHANNEL_OPTIONS, *_name_options(security, name))
     return grpc.aio.secure_channel(address, security.channel_credentials(), options=options)
 
 
@@ -238,13 +239,13 @@ def channel(address: str, security: Security) -> grpc.Channel:
     """aio_channel() for threads."""
     if security is INSECURE:
         return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-    options = (*CHANNEL_OPTIONS, *_name_options(security))
+    options = (*CHANNEL_OPTIONS, *_name_options(security, ""))
     return grpc.secure_channel(address, security.channel_credentials(), options=options)
 
 
-def _name_options(security: Tls) -> Options:
-    """The name that the peer's certificate must carry, where it is not the host of the address."""
-    return (("grpc.ssl_target_name_override", security.server_name),) if security.server_name else ()
+def _name_options(security: Tls, name: str) -> Options:
+    wanted = security.server_name or name
+    return (("grpc.ssl_target_name_override", wanted),) if wanted else ()
 
 
 async def is_serving(connection: grpc.aio.Channel, service: str = "", timeout_s: float = 1.0) -> bool:
@@ -255,3 +256,15 @@ async def is_serving(connection: grpc.aio.Channel, service: str = "", timeout_s:
     except grpc.aio.AioRpcError:
         return False
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def wait_not_serving(connection: grpc.aio.Channel) -> None:
+    """Return when the peer stops SERVING; grpc.aio.AioRpcError when the connection is lost."""
+    stub: Any = health_pb2_grpc.HealthStub(connection)  # its type stub lacks the calls
+    call = stub.Watch(health_pb2.HealthCheckRequest())
+    try:
+        async for response in call:
+            if response.status != health_pb2.HealthCheckResponse.SERVING:
+                return
+    finally:
+        call.cancel()

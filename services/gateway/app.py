@@ -45,11 +45,11 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [model_object(await gateway.verifier.facts())]}
+        return {"object": "list", "data": [model_object(await gateway.verifiers.facts())]}
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, object]:
-        facts = await gateway.verifier.facts()
+        facts = await gateway.verifiers.facts()
         check_model(name, facts)
         return model_object(facts)
 
@@ -76,9 +76,7 @@ async def missing_parts(gateway: Gateway) -> dict[str, str]:
     if gateway.lifecycle.draining:
         missing["gateway"] = "shutting down"
     try:
-        await gateway.verifier.facts()
-        if not await gateway.verifier.serving():
-            missing["verifier"] = f"{gateway.verifier.client.address} is not serving"
+        await gateway.verifiers.facts()
     except ModelMismatch as error:
         missing["tokenizer"] = str(error)
     except VerifierError as error:

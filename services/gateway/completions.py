@@ -13,8 +13,9 @@ from services.gateway.generation import GenerationRequest
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.plan import CompletionPlan
 from services.gateway.records import Records
+from services.gateway.replicas import Replicas
 from services.gateway.tokenizer import GatewayTokenizer
-from services.gateway.verifier import Generation, Verifier
+from services.gateway.verifier import Generation, ResumePolicy
 
 # Takes the next piece of a choice, by the choice's index; called for one piece at a time.
 Sink = Callable[[int, Delta], Awaitable[None]]
@@ -40,12 +41,13 @@ class Completion:
         self,
         plan: CompletionPlan,
         tokenizer: GatewayTokenizer,
-        verifier: Verifier,
+        verifiers: Replicas,
         records: Records,
         metrics: GatewayMetrics,
         *,
         arrived: float,
         deadline: float,
+        resume: ResumePolicy,
     ) -> None:
         self._plan = plan
         whole = plan.request.echo or plan.request.logprobs is not None
@@ -55,14 +57,16 @@ class Completion:
         self._arrived = arrived
         self._lock = asyncio.Lock()
         self._generations = [
-            Generation(verifier, sequence, deadline) for sequence in plan.sequences if _needs_verifier(sequence)
+            Generation(verifiers, sequence, deadline, resume, metrics.retries.inc)
+            for sequence in plan.sequences
+            if _needs_verifier(sequence)
         ]
         self._llm_steps = [0] * len(plan.sequences)
         self.usage = Usage(plan.prompt_tokens)
         self.first_token_at: float | None = None
 
     async def admit(self) -> None:
-        """Return once the verifier has admitted every choice; VerifierError, and none stays, when it refuses one."""
+        """Return once verifiers have admitted every choice; VerifierError, and none stays, when one is refused."""
         await _together(generation.open() for generation in self._generations)
 
     async def run(self, sink: Sink) -> None:
@@ -74,7 +78,7 @@ class Completion:
         await _together(self._run_choice(index, sink) for index in range(len(self._generations)))
 
     def cancel(self) -> None:
-        """Free what the verifier still holds."""
+        """Free what the verifiers still hold."""
         for generation in self._generations:
             generation.cancel()
 

@@ -84,7 +84,7 @@ class CompletionResponse(Response):
         gateway = self._gateway
         try:
             body = CompletionRequest.parse(await read_body(request, gateway.settings.max_body_bytes))
-            plan = await plan_completion(body, await gateway.verifier.facts(), gateway.tokenizer, gateway.limits)
+            plan = await plan_completion(body, await gateway.verifiers.facts(), gateway.tokenizer, gateway.limits)
             parameters = body.model_dump(exclude={"prompt"}, exclude_defaults=True)
             seeds = [sequence.sampling.seed for sequence in plan.sequences]
             await gateway.records.create(plan.request_id, parameters, plan.prompts, seeds)
@@ -106,11 +106,12 @@ class CompletionResponse(Response):
         completion = Completion(
             plan,
             gateway.tokenizer,
-            gateway.verifier,
+            gateway.verifiers,
             gateway.records,
             gateway.metrics,
             arrived=self._arrived,
             deadline=deadline,
+            resume=gateway.resume,
         )
         failure: ApiError | None = None
         state, status = State.FAILED, 500

@@ -13,9 +13,10 @@ from services.gateway.errors import RETRY_AFTER_S, ApiError
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.plan import Limits
 from services.gateway.records import Records
+from services.gateway.replicas import Replicas
 from services.gateway.settings import GatewaySettings
 from services.gateway.tokenizer import GatewayTokenizer
-from services.gateway.verifier import Verifier
+from services.gateway.verifier import ResumePolicy
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Gateway:
 
     settings: GatewaySettings
     tokenizer: GatewayTokenizer
-    verifier: Verifier
+    verifiers: Replicas
     records: Records
     metrics: GatewayMetrics
     lifecycle: Lifecycle
@@ -34,6 +35,10 @@ class Gateway:
     @property
     def limits(self) -> Limits:
         return Limits(self.settings.max_choices, self.settings.max_stop_length)
+
+    @property
+    def resume(self) -> ResumePolicy:
+        return ResumePolicy(self.settings.resume_timeout_s, self.settings.resume_attempts)
 
     @asynccontextmanager
     async def time_limit(self, deadline: float) -> AsyncIterator[None]:

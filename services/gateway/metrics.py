@@ -21,7 +21,7 @@ class GatewayMetrics:
             "specserve_gateway_open_requests", "Completion requests being served.", registry=registry
         )
         self.open_streams = Gauge(
-            "specserve_gateway_open_streams", "Generations open at the verifier.", registry=registry
+            "specserve_gateway_open_streams", "Generations open at the verifiers.", registry=registry
         )
         self.time_to_first_token = Histogram(
             "specserve_gateway_time_to_first_token_seconds",
@@ -46,6 +46,18 @@ class GatewayMetrics:
         )
         self.retries = Counter(
             "specserve_gateway_verifier_retries", "Attempts to resume a generation.", registry=registry
+        )
+        self.verifier_up = Gauge(
+            "specserve_gateway_verifier_up",
+            "Whether a verifier takes requests: reachable, not draining, of the right model.",
+            ["verifier"],
+            registry=registry,
+        )
+        self.verifier_streams = Gauge(
+            "specserve_gateway_verifier_open_streams",
+            "Generations of this gateway open at a verifier.",
+            ["verifier"],
+            registry=registry,
         )
         self.record_errors = Counter(
             "specserve_gateway_record_errors", "Writes to Redis that failed.", registry=registry

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -22,10 +21,9 @@ from services.gateway.app import create_app
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.records import Records
+from services.gateway.replicas import Finding, Replicas
 from services.gateway.settings import GatewaySettings
 from services.gateway.tokenizer import GatewayTokenizer
-from services.gateway.verifier import ResumePolicy, Verifier
-from services.gateway.wire import VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -60,20 +58,16 @@ def _protection(settings: GatewaySettings) -> Callable[[ASGIApp], ASGIApp]:
 
 @asynccontextmanager
 async def _gateway(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterator[Gateway]:
-    """The parts of a gateway; the verifier and Redis need not be there yet."""
+    """The parts of a gateway; verifiers and Redis need not be there yet."""
     folder = resolve_model(settings.model, TOKENIZER_FILES)
     try:
         tokenizer = GatewayTokenizer.from_folder(folder)
     except ValueError as error:
         raise StartupError(str(error)) from error
     metrics = GatewayMetrics(lifecycle.registry)
-    verifier = Verifier(
-        VerifierClient(settings.verifier, security_of(settings, settings.tls_server_name)),
-        tokenizer_hash(folder),
-        settings.connect_timeout_s,
-        ResumePolicy(settings.resume_timeout_s, settings.resume_attempts),
-        on_retry=metrics.retries.inc,
-    )
+    security = security_of(settings, settings.tls_server_name)
+    finding = Finding(settings.verifier, security, settings.connect_timeout_s, tokenizer_hash(folder))
+    verifiers = Replicas(finding, metrics)
     records = Records(
         settings.redis_url,
         owner=f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}",
@@ -81,14 +75,10 @@ async def _gateway(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIter
         timeout_s=settings.redis_timeout_s,
         on_error=metrics.record_errors.inc,
     )
-    watch = asyncio.create_task(verifier.watch())
     try:
-        yield Gateway(settings, tokenizer, verifier, records, metrics, lifecycle)
+        async with verifiers.watched():
+            yield Gateway(settings, tokenizer, verifiers, records, metrics, lifecycle)
     finally:
-        watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watch
-        await verifier.client.close()
         await records.close()
 
 

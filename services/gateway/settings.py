@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.settings import ServiceSettings, SettingsError, setting
+from services.gateway.addresses import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +16,12 @@ class GatewaySettings(ServiceSettings):
     host: str = setting("Address to listen on.", default="127.0.0.1")
     port: int = setting("Port to listen on; 0 chooses a free one.", default=8000, minimum=0, maximum=65535)
     model: str = setting("Folder or hub id of the model, for its tokenizer.")
-    verifier: str = setting("HOST:PORT of the verifier.", default="127.0.0.1:50051")
+    verifier: tuple[str, ...] = setting(
+        "HOST:PORT of a verifier; repeatable. A name with several addresses stands for a verifier at each.",
+        default=("127.0.0.1:50051",),
+    )
     tls_server_name: str = setting(
-        "Name that the verifier's certificate must carry; empty: the host of its address.", default=""
+        "Name that the verifiers' certificates must carry; empty: the host of their address.", default=""
     )
     api_keys_file: Path | None = setting(
         "File of hashed API keys, one a line, # for comments: requests must carry one of the keys. `specserve "
@@ -44,6 +48,13 @@ class GatewaySettings(ServiceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.verifier:
+            raise SettingsError("no verifier is given; give --verifier HOST:PORT")
+        for address in self.verifier:
+            try:
+                split(address)
+            except ValueError as error:
+                raise SettingsError(f"--verifier: {error}") from None
         if (self.https_cert is None) != (self.https_key is None):
             raise SettingsError("--https-cert and --https-key are given together or not at all; give both")
         if self.record_ttl_s < self.request_timeout_s:

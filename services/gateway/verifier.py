@@ -1,4 +1,4 @@
-"""The verifier as a partner that may go away and come back."""
+"""A generation that survives the loss of its verifier."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 from services.gateway.generation import (
     GenerationRequest,
-    ModelFacts,
-    ModelMismatch,
     Step,
     VerifierBusy,
     VerifierError,
     VerifierTimeout,
     VerifierUnavailable,
 )
-from services.gateway.wire import GenerateStream, VerifierClient
+from services.gateway.replicas import Replicas
+from services.gateway.wire import GenerateStream
 
 log = logging.getLogger(__name__)
 
@@ -33,68 +31,6 @@ class ResumePolicy:
 
     timeout_s: float
     attempts: int
-
-
-class Verifier:
-    """A verifier whose model is the gateway's.
-
-    tokenizer_hash: hash of the gateway's own tokenizer; a verifier with another one is refused with ModelMismatch.
-    on_retry: called before each attempt to resume a generation.
-    """
-
-    def __init__(
-        self,
-        client: VerifierClient,
-        tokenizer_hash: str,
-        connect_timeout_s: float,
-        resume: ResumePolicy,
-        on_retry: Callable[[], None],
-    ) -> None:
-        self.client = client
-        self._tokenizer_hash = tokenizer_hash
-        self._connect_timeout_s = connect_timeout_s
-        self.resume = resume
-        self.on_retry = on_retry
-        self._facts: ModelFacts | None = None
-
-    async def facts(self) -> ModelFacts:
-        """Facts of the model, as of the last time that the verifier was met."""
-        return self._facts or await self.meet()
-
-    async def meet(self, model: str | None = None) -> ModelFacts:
-        """Ask for the model facts and check them; VerifierUnavailable or ModelMismatch otherwise.
-
-        model: the name that it must have, if it matters.
-        """
-        facts = await self.client.model_facts(self._connect_timeout_s)
-        if model not in (None, facts.model):
-            raise ModelMismatch(f"the request began with model {model}; the verifier now serves {facts.model}")
-        if facts.tokenizer_hash != self._tokenizer_hash:
-            self._facts = None
-            raise ModelMismatch(
-                f"tokenizer hash {self._tokenizer_hash} of the gateway != {facts.tokenizer_hash} of the verifier at "
-                f"{self.client.address} (model {facts.model}); start both with the same model"
-            )
-        if facts != self._facts:
-            log.info("verifier met", extra={"address": self.client.address, "model": facts.model})
-        self._facts = facts
-        return facts
-
-    async def serving(self) -> bool:
-        """Whether the verifier's health check says that it takes requests."""
-        return await self.client.serving(self._connect_timeout_s)
-
-    async def watch(self) -> NoReturn:
-        """Stay connected, and meet the verifier anew whenever it may be another one than before."""
-        while True:
-            await self.client.wait_connected()
-            try:
-                await self.meet()
-            except VerifierError as error:
-                log.error("verifier not usable", extra={"reason": str(error)})
-            await self.client.wait_disconnected()
-            log.warning("verifier disconnected", extra={"address": self.client.address})
-            self._facts = None
 
 
 class _Outage:
@@ -118,17 +54,27 @@ class _Outage:
 
 
 class Generation:
-    """One sequence on the verifier; goes on at another attempt when the verifier is lost in the middle.
+    """One sequence on a verifier; goes on with another attempt when the verifier is lost in the middle.
 
-    A sequence that was never admitted is not retried: its client still has the request, and learns at once. Resuming
-    sends the tokens so far along, so that the text goes on as if nothing had happened; there a full queue is waited
-    for, too.
+    A sequence that no verifier admits is not retried: its client still has the request, and learns at once. Resuming,
+    on any verifier, sends the tokens so far along, so that the text goes on as if nothing had happened; there full
+    queues are waited for, too.
 
+    on_retry: called before each attempt to resume.
     deadline: time of the running event loop by which the generation must end.
     """
 
-    def __init__(self, verifier: Verifier, request: GenerationRequest, deadline: float) -> None:
-        self._verifier = verifier
+    def __init__(
+        self,
+        replicas: Replicas,
+        request: GenerationRequest,
+        deadline: float,
+        policy: ResumePolicy,
+        on_retry: Callable[[], None],
+    ) -> None:
+        self._replicas = replicas
+        self._policy = policy
+        self._on_retry = on_retry
         self._request = request
         self._deadline = deadline
         self._generated: list[int] = []
@@ -137,13 +83,12 @@ class Generation:
         self._stream: GenerateStream | None = None
         self._outage: _Outage | None = None
 
-    async def open(self) -> None:
-        """Return once the verifier has admitted the sequence; VerifierError if it does not."""
+    async def open(self, *, again: bool = False) -> None:
+        """Return once a verifier has admitted the sequence; VerifierError if none does. again: after a loss."""
         left = self._deadline - asyncio.get_running_loop().time()
         if left <= 0:
             raise VerifierTimeout("the request's time is over")
-        self._stream = self._verifier.client.generate(self._request, self._generated, left)
-        await self._stream.admitted()
+        self._stream = await self._replicas.open(self._request, self._generated, left, meet=again)
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """The steps up to the one with a finish reason; `open` first."""
@@ -158,7 +103,7 @@ class Generation:
                 await self._resume(error)
 
     def cancel(self) -> None:
-        """Free what the sequence holds on the verifier."""
+        """Free what the sequence holds on its verifier."""
         if self._stream is not None:
             self._stream.cancel()
 
@@ -174,13 +119,12 @@ class Generation:
     async def _resume(self, lost: VerifierError) -> None:
         """Open the sequence again within the policy's bounds, or raise the last reason why it could not be."""
         self._steps_before = self._steps
-        self._outage = self._outage or _Outage(self._verifier.resume)
+        self._outage = self._outage or _Outage(self._policy)
         while True:
             await self._outage.wait(lost)
-            self._verifier.on_retry()
+            self._on_retry()
             try:
-                await self._verifier.meet(self._request.model)
-                await self.open()
+                await self.open(again=True)
                 return
             except (VerifierUnavailable, VerifierBusy) as error:
                 lost = error

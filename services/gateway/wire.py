@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NoReturn
 
 import grpc
 import grpc.aio
 
 from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
-from services.common.grpc_setup import aio_channel, is_serving
+from services.common.grpc_setup import aio_channel, is_serving, wait_not_serving
 from services.common.tls import Security
+from services.gateway.addresses import Address
 from services.gateway.generation import (
     FinishReason,
     GenerationRequest,
@@ -39,9 +40,8 @@ class VerifierClient:
     Every method fails with a VerifierError; none retries. A verifier that comes back is found within a second.
     """
 
-    def __init__(self, address: str, security: Security) -> None:
-        self.address = address
-        self._channel = aio_channel(address, security)
+    def __init__(self, address: Address, security: Security) -> None:
+        self._channel = aio_channel(str(address), security, address.name)
         self._stub = verifier_pb2_grpc.VerifierStub(self._channel)
 
     async def close(self) -> None:
@@ -52,14 +52,12 @@ class VerifierClient:
         """Whether the verifier's health check says SERVING within the time."""
         return await is_serving(self._channel, timeout_s=timeout_s)
 
-    async def wait_connected(self) -> None:
-        """Return once the channel is connected; connects when it is idle. Without a bound: the caller sets one."""
-        await self._channel.channel_ready()
-
-    async def wait_disconnected(self) -> None:
-        """Return once the channel is not connected."""
-        while (state := self._channel.get_state()) is grpc.ChannelConnectivity.READY:
-            await self._channel.wait_for_state_change(state)
+    async def wait_not_serving(self) -> None:
+        """Return when it says that it takes no more requests; VerifierUnavailable when the connection is lost."""
+        try:
+            await wait_not_serving(self._channel)
+        except grpc.aio.AioRpcError as error:
+            _raise_mapped(error)
 
     async def model_facts(self, timeout_s: float) -> ModelFacts:
         """Facts of the model that the verifier serves."""
@@ -81,9 +79,16 @@ class VerifierClient:
         )
 
     def generate(
-        self, request: GenerationRequest, generated_token_ids: Sequence[int], timeout_s: float
+        self,
+        request: GenerationRequest,
+        generated_token_ids: Sequence[int],
+        timeout_s: float,
+        on_end: Callable[[], None],
     ) -> GenerateStream:
-        """Begin to generate behind `generated_token_ids`, which an earlier attempt produced."""
+        """Begin to generate behind `generated_token_ids`, which an earlier attempt produced.
+
+        on_end: called once when the call is over, however it ended.
+        """
         message = verifier_pb2.GenerateRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -95,7 +100,9 @@ class VerifierClient:
             prompt_logprobs=request.prompt_logprobs,
             speculative=request.speculative,
         )
-        return GenerateStream(self._stub.Generate(message, timeout=timeout_s))
+        call = self._stub.Generate(message, timeout=timeout_s)
+        call.add_done_callback(lambda _: on_end())
+        return GenerateStream(call)
 
 
 class GenerateStream:

@@ -122,9 +122,11 @@ def gateway_starter(
                     if "verifier" not in settings:
                         verifier_port = await running_parts.enter_async_context(running(servicer))
                         settings["verifier"] = f"127.0.0.1:{verifier_port}"
+                    given = settings["verifier"]
+                    addresses = {"verifier": (given,) if isinstance(given, str) else given}
                     security = {} if "tls_cert" in settings else {"insecure": True}
                     chosen = GatewaySettings(
-                        **({"redis_url": redis_url} | security | settings), model=str(folder), port=port
+                        **({"redis_url": redis_url} | security | settings | addresses), model=str(folder), port=port
                     )
                     await running_parts.enter_async_context(serve(chosen, lifecycle))
                     yield lifecycle

@@ -134,12 +134,14 @@ def _logprob(token: int, request: Request) -> verifier_pb2.TokenLogprob:
 
 
 @asynccontextmanager
-async def running(servicer: ScriptedVerifier, port: int = 0, security: Security = INSECURE) -> AsyncIterator[int]:
+async def running(
+    servicer: ScriptedVerifier, port: int = 0, security: Security = INSECURE, host: str = "127.0.0.1"
+) -> AsyncIterator[int]:
     """The verifier as a gRPC server on loopback; yields the port."""
     lifecycle = Lifecycle()
     server = aio_server(lifecycle)
     verifier_pb2_grpc.add_VerifierServicer_to_server(servicer, server)
-    endpoint = Endpoint("127.0.0.1", port)
+    endpoint = Endpoint(host, port)
     async with serving_grpc(server, lifecycle, endpoint, security, ("specserve.v1.Verifier",)) as bound:
         yield bound
 
