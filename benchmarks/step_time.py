@@ -47,7 +47,7 @@ def measure(name: str, model: Transformer, context: int, counts: Sequence[int], 
     return StepTimes(
         model=name,
         device="cpu" if model.device.type == "cpu" else torch.cuda.get_device_name(model.device),
-        parameters=model.parameters,
+        parameters=model.config.parameters,
         dtype=str(model.weight_dtype).removeprefix("torch."),
         kernels=model.backend.name,
         context=context,

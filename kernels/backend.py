@@ -35,6 +35,8 @@ from kernels.tree_attention import reference as torch_attention
 
 BackendName = Literal["native", "triton", "torch"]
 RequestedName = Literal["auto", "native", "triton", "torch"]
+REQUESTED = "requested"
+"""Reason of a slow backend that was asked for by name."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -81,7 +83,7 @@ def choose_backend(device: torch.device, requested: RequestedName = "auto", *, i
     if int8:
         return _choose_for_int8(device, requested)
     if requested == "torch":
-        return _torch_backend(device, "requested")
+        return _torch_backend(device, REQUESTED)
     if device.type == "cpu":
         return _choose_for_cpu(device, requested)
     return _choose_for_gpu(device, requested)

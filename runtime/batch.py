@@ -74,6 +74,9 @@ class FlatBatch:
     masks: torch.Tensor
     block_tables: torch.Tensor
 
+    def to(self, device: torch.device) -> FlatBatch:
+        return FlatBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> FlatBatch:
         """Lay the segments out one behind the other. Every cache must have the blocks that its rows write."""

@@ -64,6 +64,23 @@ class ModelConfig:
         """Numbers that one token keeps in the KV cache, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        matrices = self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size)
+        biases = self.attention_bias * (query + 2 * key) + self.output_bias * self.hidden_size
+        return matrices + biases + 2 * self.hidden_size + self.head_norm * 2 * self.head_dim
+
+    @property
+    def end_parameters(self) -> int:
+        """Parameters before and behind the layers: embedding, final norm and head; a tied head counts once."""
+        return self.hidden_size * (self.vocab_size * (1 if self.tied_embeddings else 2) + 1)
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.end_parameters
+
 
 def read_config(folder: Path) -> ModelConfig:
     """Read `folder/config.json` (and the end-of-text tokens of `generation_config.json`).

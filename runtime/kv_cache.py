@@ -87,6 +87,21 @@ def slot(sequence: CachedSequence, entry: int) -> int:
     return sequence.blocks[entry // BLOCK_SIZE] * BLOCK_SIZE + entry % BLOCK_SIZE
 
 
+def blocks_for_cache(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, fraction: float, max_sequences: int, blocks: int = 0
+) -> int:
+    """`blocks`, or, when that is 0, what fits into `fraction` of the free memory and `max_sequences` can use.
+
+    Raises:
+        CacheFull: too small for one sequence of full context and its largest tree.
+    """
+    if not blocks:
+        return blocks_from_memory(config, device, dtype, fraction, max_sequences)
+    if blocks < (smallest := longest_sequence_blocks(config)):
+        raise CacheFull(f"{blocks} KV blocks are too few for one sequence of full context; give at least {smallest}")
+    return blocks
+
+
 def blocks_from_memory(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, fraction: float, max_sequences: int
 ) -> int:

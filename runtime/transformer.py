@@ -5,23 +5,24 @@ Takes positions and ancestor masks, not trees; knows nothing of requests, sampli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kernels.backend import Backend, RequestedName, choose_backend
-from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights
+from kernels.blocks import AttentionBatch, AttentionBlock, AttentionWeights, MlpBlock, MlpWeights
 from kernels.decoder.native import NativeDecoder
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
 from kernels.draft_loop.native import GrownTree, NativeDraftLoop, TreeBounds
 from kernels.packed_linear.native import NativeLinear
 from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig, inverse_frequencies, read_config
-from runtime.kv_cache import BLOCK_SIZE, CachedSequence, CacheFull, KVCache, blocks_from_memory, longest_sequence_blocks
+from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache, blocks_for_cache
+from runtime.parallel.sharding import Degrees, Shard
 from runtime.step_graph import StepGraphs, cuda_capture
-from runtime.weights import Checkpoint, LayerWeights, ModelWeights, load_weights, stored_dtype
+from runtime.weights import Checkpoint, EndWeights, LayerWeights, WeightLoader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,23 +48,35 @@ class LoadOptions:
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    def weight_loader(self, folder: Path, shard: Shard) -> WeightLoader:
+        """Raises UnsupportedModel: the folder's weights are missing or damaged."""
+        checkpoint = Checkpoint(folder)
+        stored = checkpoint.stored_dtype()
+        dtype = DTYPES.get(self.dtype, stored if stored in DTYPES.values() else torch.float32)
+        return WeightLoader(checkpoint, shard, self.resolve_device(), dtype)
+
 
 class Transformer:
     """A loaded model. Not thread-safe: one thread owns it and its caches."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, backend: Backend, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ends: EndWeights,
+        layers: Iterable[LayerWeights],
+        backend: Backend,
+        device: torch.device,
+    ) -> None:
         self.config = config
         self.backend = backend
         self.device = device
-        self.weight_dtype = torch.int8 if backend.int8 else weights.embedding.dtype
-        self.activation_dtype = backend.activation_dtype(weights.embedding.dtype)
-        self.parameters = weights.count()
-        self._embedding = weights.embedding
-        self._attention = [backend.pack_attention(_attention_weights(config, layer)) for layer in weights.layers]
-        self._mlp = [backend.pack_mlp(_mlp_weights(config, layer)) for layer in weights.layers]
-        self._final_norm = weights.final_norm.to(self.activation_dtype)
-        self._head = backend.pack_linear(weights.head)
-        self._cos, self._sin = _rotary_tables(config, device)
+        self.weight_dtype = torch.int8 if backend.int8 else ends.embedding.dtype
+        self.activation_dtype = backend.activation_dtype(ends.embedding.dtype)
+        self._embedding = ends.embedding
+        self._attention, self._mlp = pack_layers(config, layers, backend)
+        self._final_norm = ends.final_norm.to(self.activation_dtype)
+        self._head = backend.pack_linear(ends.head)
+        self._cos, self._sin = rotary_tables(config, device)
         self._decoder = self._native_decoder()
         self._draft_loop = None if self._decoder is None else NativeDraftLoop(self._decoder)
         self._graphs: StepGraphs | None = None
@@ -78,13 +91,10 @@ class Transformer:
         """
         config = read_config(folder)
         device = options.resolve_device()
-        checkpoint = Checkpoint(folder)
-        stored = stored_dtype(checkpoint)
-        dtype = DTYPES.get(options.dtype, stored if stored in DTYPES.values() else torch.float32)
+        loader = options.weight_loader(folder, Shard(config, Degrees(), rank=0))
         with torch.inference_mode():
-            weights = load_weights(checkpoint, config, device, dtype)
             backend = choose_backend(device, options.kernels, int8=options.dtype == "int8")
-            return cls(config, weights, backend, device)
+            return cls(config, loader.ends(), loader.layers(), backend, device)
 
     def new_cache(self, memory_fraction: float, max_sequences: int, blocks: int = 0) -> KVCache:
         """A KV cache of `blocks` blocks, or, when that is 0, of what fits into `memory_fraction` of the free memory and
@@ -93,13 +103,9 @@ class Transformer:
         Raises:
             CacheFull: too small for one sequence of full context and its largest tree.
         """
-        if not blocks:
-            blocks = blocks_from_memory(self.config, self.device, self.activation_dtype, memory_fraction, max_sequences)
-        elif blocks < (smallest := longest_sequence_blocks(self.config)):
-            raise CacheFull(
-                f"{blocks} KV blocks are too few for one sequence of full context; give at least {smallest}"
-            )
-        cache = KVCache(self.config, blocks, self.device, self.activation_dtype)
+        dtype = self.activation_dtype
+        blocks = blocks_for_cache(self.config, self.device, dtype, memory_fraction, max_sequences, blocks)
+        cache = KVCache(self.config, blocks, self.device, dtype)
         if self.device.type == "cuda" and self.backend.name == "triton":
             self._graphs = StepGraphs(self, cache, cuda_capture(self.device))
         return cache
@@ -127,16 +133,7 @@ class Transformer:
     @torch.inference_mode()
     def forward_by_layer(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
         """`forward` as two calls for each layer: what every device can do."""
-        attention_batch = AttentionBatch(
-            block_tables=batch.block_tables,
-            block_size=BLOCK_SIZE,
-            row_sequences=batch.row_sequences,
-            prefix_lengths=batch.prefix_lengths,
-            masks=batch.masks,
-            slots=batch.slots,
-            cos=self._cos[batch.positions],
-            sin=self._sin[batch.positions],
-        )
+        attention_batch = attention_rows(batch, self._cos, self._sin)
         hidden = self._embedding[batch.token_ids].to(self.activation_dtype)
         for layer, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
             hidden = attention(hidden, cache.data[layer], attention_batch, residual=True)
@@ -200,6 +197,32 @@ class Transformer:
             self.backend.kv_compaction(cache.data, moves[0], moves[1])
 
 
+def pack_layers(
+    config: ModelConfig, layers: Iterable[LayerWeights], backend: Backend
+) -> tuple[list[AttentionBlock], list[MlpBlock]]:
+    """Both halves of each layer in the backend's own layout; config: of the part that the layers are."""
+    attention: list[AttentionBlock] = []
+    mlp: list[MlpBlock] = []
+    for layer in layers:
+        attention.append(backend.pack_attention(_attention_weights(config, layer)))
+        mlp.append(backend.pack_mlp(_mlp_weights(config, layer)))
+    return attention, mlp
+
+
+def attention_rows(batch: FlatBatch, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
+    """The batch as every layer's attention sees it; cos, sin: of `rotary_tables`."""
+    return AttentionBatch(
+        block_tables=batch.block_tables,
+        block_size=BLOCK_SIZE,
+        row_sequences=batch.row_sequences,
+        prefix_lengths=batch.prefix_lengths,
+        masks=batch.masks,
+        slots=batch.slots,
+        cos=cos[batch.positions],
+        sin=sin[batch.positions],
+    )
+
+
 def _attention_weights(config: ModelConfig, layer: LayerWeights) -> AttentionWeights:
     return AttentionWeights(
         norm=layer.input_norm,
@@ -222,7 +245,7 @@ def _mlp_weights(config: ModelConfig, layer: LayerWeights) -> MlpWeights:
     )
 
 
-def _rotary_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position times frequency, float32 [context, head_dim / 2]."""
     positions = torch.arange(config.context_length, dtype=torch.float32)
     angles = torch.outer(positions, torch.tensor(inverse_frequencies(config), dtype=torch.float32))

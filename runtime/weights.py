@@ -6,19 +6,21 @@ Knows nothing of how they are multiplied.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from runtime.config import ModelConfig, UnsupportedModel
+from runtime.config import UnsupportedModel
+from runtime.parallel.sharding import Shard
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. Projections are [outputs, inputs], as in the checkpoint.
+    """One decoder layer, or a rank's part of it. Projections are [outputs, inputs], as in the checkpoint.
 
     qkv: query, key and value projections stacked; gate_up: gate and up projections stacked.
     """
@@ -36,20 +38,12 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class ModelWeights:
-    """embedding, head: [vocab, hidden]; the same tensor when they are tied."""
+class EndWeights:
+    """What stands before and behind the layers. embedding, head: [vocab, hidden]; one tensor when they are tied."""
 
     embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
     head: torch.Tensor
-
-    def count(self) -> int:
-        """Number of parameters; a tied head counts once."""
-        tensors = [self.embedding, self.final_norm, *(t for layer in self.layers for t in vars(layer).values())]
-        if self.head is not self.embedding:
-            tensors.append(self.head)
-        return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
 class Checkpoint:
@@ -67,16 +61,33 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor as stored; UnsupportedModel when it is missing or has another shape."""
+    def read(
+        self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        """Rows and columns of a tensor as stored, all where None; what is not asked for is not read.
+
+        Raises:
+            UnsupportedModel: it is missing or has another shape.
+        """
+        stored = self._slice(name)
+        if (have := tuple(stored.get_shape())) != shape:
+            raise UnsupportedModel(f"{self.folder}: {name} has shape {list(have)}, config.json says {list(shape)}")
+        part: torch.Tensor = stored[_indices(rows)] if columns is None else stored[_indices(rows), _indices(columns)]
+        return part.contiguous()
+
+    def stored_dtype(self) -> torch.dtype:
+        """The type that the embedding is stored in; the other matrices share it."""
+        dtype: torch.dtype = self._slice("model.embed_tokens.weight")[:1].dtype
+        return dtype
+
+    def _slice(self, name: str) -> Any:
         if name not in self._files:
             raise UnsupportedModel(f"{self.folder}: the checkpoint lacks the tensor {name}")
-        tensor: torch.Tensor = self._open[self._files[name]].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise UnsupportedModel(
-                f"{self.folder}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
-            )
-        return tensor
+        return self._open[self._files[name]].get_slice(name)
+
+
+def _indices(part: range | None) -> slice:
+    return slice(None) if part is None else slice(part.start, part.stop)
 
 
 def _locate(folder: Path) -> Mapping[str, Path]:
@@ -102,53 +113,64 @@ def _open_file(path: Path) -> safe_open:
         raise UnsupportedModel(f"{path} is damaged or truncated ({error}); copy or download it again") from None
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type that the embedding is stored in; the other matrices share it."""
-    name = "model.embed_tokens.weight"
-    if name not in checkpoint:
-        raise UnsupportedModel(f"{checkpoint.folder}: the checkpoint lacks the tensor {name}")
-    dtype: torch.dtype = checkpoint._open[checkpoint._files[name]].get_slice(name)[:1].dtype
-    return dtype
+class WeightLoader:
+    """Reads one rank's part of the weights onto a device in `dtype`."""
 
+    def __init__(self, checkpoint: Checkpoint, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._shard = shard
+        self._device = device
+        self.dtype = dtype
 
-def load_weights(checkpoint: Checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelWeights:
-    """Read all weights onto a device in `dtype`."""
+    def ends(self) -> EndWeights:
+        """The rank's part of the vocabulary."""
+        config = self._shard.config
+        matrix, part = (config.vocab_size, config.hidden_size), self._shard.vocabulary
+        embedding = self._read("model.embed_tokens.weight", matrix, part)
+        return EndWeights(
+            embedding=embedding,
+            final_norm=self._read("model.norm.weight", (config.hidden_size,)),
+            head=embedding if config.tied_embeddings else self._read("lm_head.weight", matrix, part),
+        )
 
-    def read(name: str, *shape: int) -> torch.Tensor:
-        return checkpoint.read(name, shape).to(device=device, dtype=dtype)
+    def layers(self) -> Iterator[LayerWeights]:
+        """The rank's part of its layers, in order, each read when it is asked for."""
+        for index in self._shard.layers:
+            yield self._layer(f"model.layers.{index}.")
 
-    hidden, vocab = config.hidden_size, config.vocab_size
-    embedding = read("model.embed_tokens.weight", vocab, hidden)
-    return ModelWeights(
-        embedding=embedding,
-        layers=tuple(_load_layer(checkpoint, config, index, device, dtype) for index in range(config.layers)),
-        final_norm=read("model.norm.weight", hidden),
-        head=embedding if config.tied_embeddings else read("lm_head.weight", vocab, hidden),
-    )
+    def _layer(self, prefix: str) -> LayerWeights:
+        shard, config = self._shard, self._shard.config
+        hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        query = {"q_proj": (config.heads, shard.heads)}
+        key_value = dict.fromkeys(("k_proj", "v_proj"), (config.kv_heads, shard.kv_heads))
+        qkv = {
+            f"{prefix}self_attn.{name}": (heads * dim, range(part.start * dim, part.stop * dim))
+            for name, (heads, part) in (query | key_value).items()
+        }
+        gate_up = {f"{prefix}mlp.{name}": (inner, shard.intermediate) for name in ("gate_proj", "up_proj")}
+        heads_part = range(shard.heads.start * dim, shard.heads.stop * dim)
+        # The bias of a sum over ranks is added by one of them.
+        output_bias = config.output_bias and shard.tensor_rank == 0
+        return LayerWeights(
+            input_norm=self._read(f"{prefix}input_layernorm.weight", (hidden,)),
+            qkv=self._stack("weight", qkv, (hidden,)),
+            qkv_bias=self._stack("bias", qkv) if config.attention_bias else None,
+            query_norm=self._read(f"{prefix}self_attn.q_norm.weight", (dim,)) if config.head_norm else None,
+            key_norm=self._read(f"{prefix}self_attn.k_norm.weight", (dim,)) if config.head_norm else None,
+            output=self._read(f"{prefix}self_attn.o_proj.weight", (hidden, config.heads * dim), columns=heads_part),
+            output_bias=self._read(f"{prefix}self_attn.o_proj.bias", (hidden,)) if output_bias else None,
+            post_attention_norm=self._read(f"{prefix}post_attention_layernorm.weight", (hidden,)),
+            gate_up=self._stack("weight", gate_up, (hidden,)),
+            down=self._read(f"{prefix}mlp.down_proj.weight", (hidden, inner), columns=shard.intermediate),
+        )
 
+    def _stack(self, kind: str, parts: Mapping[str, tuple[int, range]], inputs: tuple[int, ...] = ()) -> torch.Tensor:
+        """parts: outputs of the whole projection, and those of this rank, by name."""
+        return torch.cat(
+            [self._read(f"{name}.{kind}", (outputs, *inputs), rows=part) for name, (outputs, part) in parts.items()]
+        )
 
-def _load_layer(
-    checkpoint: Checkpoint, config: ModelConfig, index: int, device: torch.device, dtype: torch.dtype
-) -> LayerWeights:
-    def read(name: str, *shape: int) -> torch.Tensor:
-        return checkpoint.read(f"model.layers.{index}.{name}", shape).to(device=device, dtype=dtype)
-
-    def stack(kind: str, names: Mapping[str, int], *inputs: int) -> torch.Tensor:
-        return torch.cat([read(f"{name}.{kind}", outputs, *inputs) for name, outputs in names.items()])
-
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    query, key = config.heads * dim, config.kv_heads * dim
-    qkv = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
-    gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
-    return LayerWeights(
-        input_norm=read("input_layernorm.weight", hidden),
-        qkv=stack("weight", qkv, hidden),
-        qkv_bias=stack("bias", qkv) if config.attention_bias else None,
-        query_norm=read("self_attn.q_norm.weight", dim) if config.head_norm else None,
-        key_norm=read("self_attn.k_norm.weight", dim) if config.head_norm else None,
-        output=read("self_attn.o_proj.weight", hidden, query),
-        output_bias=read("self_attn.o_proj.bias", hidden) if config.output_bias else None,
-        post_attention_norm=read("post_attention_layernorm.weight", hidden),
-        gate_up=stack("weight", gate_up, hidden),
-        down=read("mlp.down_proj.weight", hidden, inner),
-    )
+    def _read(
+        self, name: str, shape: tuple[int, ...], rows: range | None = None, columns: range | None = None
+    ) -> torch.Tensor:
+        return self._checkpoint.read(name, shape, rows, columns).to(device=self._device, dtype=self.dtype)

@@ -150,7 +150,7 @@ class _Tuned:
             self.folder,
             llm=Path(self._settings.llm).name,
             start=_told(self._start, self._number),
-            parameters=(ssm.parameters, llm.parameters),
+            parameters=(ssm.config.parameters, llm.config.parameters),
             round_of=(self._number, len(self._settings.ssms)) if self._settings.boost else None,
             learnt=self._learnt,
             tokens=self._settings.tokens,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from benchmarks.acceptance.lines import BOOSTED, INDEPENDENT, source_names
-from runtime.transformer import LoadOptions
+from runtime.transformer import LoadOptions, Transformer
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts
 from services.gateway.tokenizer import GatewayTokenizer
@@ -47,7 +47,7 @@ class Setup:
 class Bench:
     """Loaded models. models: the SSMs by the names that lines use. facts: the LLM's first, then the SSMs' by name."""
 
-    llm: LoadedModel
+    llm: LoadedModel[Transformer]
     tokenizer: GatewayTokenizer
     models: Mapping[str, Drafter]
     facts: Mapping[str, ModelFacts]
@@ -66,13 +66,13 @@ def load(setup: Setup) -> Bench:
         ModelFilesError, StartupError: a model is missing or cannot be loaded. ModelMismatch: an SSM has other tokens.
     """
     use_threads(setup.threads)
-    options = LoadOptions(device=setup.device)
-    llm = LoadedModel.load(setup.llm, options, LLM_MEMORY, setup.sequences)
+    transformer = partial(Transformer.load, options=LoadOptions(device=setup.device))
+    llm = LoadedModel.load(setup.llm, transformer, LLM_MEMORY, setup.sequences)
     facts = {"llm": llm.facts}
     models: dict[str, Drafter] = {}
     names = [name for of in setup.sets.values() for name in of]
     for name, folder in zip(names, (*setup.boosted, *setup.independent), strict=True):
-        ssm = LoadedModel.load(folder, options, SSM_MEMORY, setup.sequences)
+        ssm = LoadedModel.load(folder, transformer, SSM_MEMORY, setup.sequences)
         ssm.facts.check_drafts_for(llm.facts)
         facts[name] = ssm.facts
         # A floor of 0: every tree has as many nodes as it may have.

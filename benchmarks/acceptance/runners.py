@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import Segment
 from runtime.kv_cache import KVCache
 from runtime.transformer import Transformer
 from services.verifier.runner import Runner, StepLogits
@@ -85,9 +86,8 @@ class VisitedNodes(Runner):
 
     def _last_rows(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits of the last row of each segment, float32 [segments, vocab]."""
-        hidden = self.model.forward(FlatBatch.of(segments, self.model.device), self.cache)
-        ends = torch.tensor([len(segment.token_ids) for segment in segments], device=hidden.device).cumsum(0) - 1
-        return self.model.logits(hidden[ends])
+        ends = accumulate(len(segment.token_ids) for segment in segments)
+        return self.model.step(segments, [end - 1 for end in ends], self.cache)
 
     def _logits(self, visits: Sequence[_Visit]) -> StepLogits:
         starts: dict[int, int] = {}

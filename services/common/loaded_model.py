@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
 from kernels import native
-from kernels.backend import BackendUnavailable
+from kernels.backend import REQUESTED, BackendUnavailable
 from runtime.config import UnsupportedModel
 from runtime.kv_cache import CacheFull, KVCache
-from runtime.transformer import LoadOptions, Transformer
+from runtime.step_model import LoadedPart
 from services.common.lifecycle import StartupError
 from services.common.model_facts import ModelFacts
 from services.common.model_files import resolve_model, tokenizer_hash
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=LoadedPart)
 
-def use_threads(threads: int) -> None:
-    """Set the CPU threads of torch and the native kernels, for this thread and those it starts; 0: all cores."""
-    count = threads or len(os.sched_getaffinity(0))
+
+def use_threads(threads: int, processes: int = 1) -> None:
+    """Set the CPU threads of torch and the native kernels, for this thread and those it starts.
+
+    0: all cores, shared by so many processes.
+    """
+    count = threads or max(1, len(os.sched_getaffinity(0)) // processes)
     torch.set_num_threads(count)
     if native.native_available():
         native.set_num_threads(count)
 
 
-def leave_cores_to_kernels(model: Transformer) -> None:
+def leave_cores_to_kernels(model: LoadedPart) -> None:
     """Beside the native kernels give PyTorch one thread: what is left to it is small, and its threads spin after it."""
     if model.backend.name == "native":
         torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(Generic[M]):
     """A model, the folder it came from, its KV cache, and what other services are told of it."""
 
     folder: Path
-    model: Transformer
+    model: M
     cache: KVCache
     facts: ModelFacts
 
@@ -48,14 +55,15 @@ class LoadedModel:
     def load(
         cls,
         folder_or_id: str,
-        options: LoadOptions,
+        load: Callable[[Path], M],
         kv_memory: float,
         max_sequences: int,
         kv_blocks: int = 0,
         name: str = "",
-    ) -> LoadedModel:
+    ) -> LoadedModel[M]:
         """Load a folder or hub id; the cache takes `kv_memory` of the free memory, at most what max_sequences can use.
 
+        load: makes the model from its folder.
         kv_blocks: size of the cache in blocks instead; 0 for the above.
         name: what it is served as; empty for the folder's name or the hub id.
 
@@ -64,19 +72,19 @@ class LoadedModel:
         """
         try:
             folder = resolve_model(folder_or_id)
-            model = Transformer.load(folder, options)
+            model = load(folder)
             cache = model.new_cache(kv_memory, max_sequences, kv_blocks)
         except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
             raise StartupError(str(error)) from None
         leave_cores_to_kernels(model)
         facts = _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder))
         log.info("model loaded", extra={**vars(facts), "because": model.backend.reason, "kv_blocks": cache.blocks})
-        if facts.kernels == "torch" and options.kernels == "auto":
+        if model.backend.name == "torch" and model.backend.reason != REQUESTED:
             log.warning("no kernels of our own run: text comes slowly", extra={"because": model.backend.reason})
         return cls(folder, model, cache, facts)
 
 
-def _facts(name: str, model: Transformer, tokenizer: str) -> ModelFacts:
+def _facts(name: str, model: LoadedPart, tokenizer: str) -> ModelFacts:
     return ModelFacts(
         model=name,
         vocab_size=model.config.vocab_size,
@@ -86,5 +94,5 @@ def _facts(name: str, model: Transformer, tokenizer: str) -> ModelFacts:
         device=str(model.device),
         dtype=str(model.weight_dtype).removeprefix("torch."),
         kernels=model.backend.name,
-        parameters=model.parameters,
+        parameters=model.config.parameters,
     )

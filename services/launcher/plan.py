@@ -26,6 +26,7 @@ FREE_ATTEMPTS = 20
 SHARED = ("log_level", "log_format", "drain_timeout_s")
 # The services of one machine meet on loopback addresses, where nobody else listens: no certificates.
 ON_LOOPBACK = {"insecure": True, "tls_cert": None, "tls_key": None, "tls_ca": None}
+SHARED_WITH_VERIFIER = ("threads", "tensor_parallel", "pipeline_parallel")
 # What only the first of several speculators does, whatever their common table says.
 FIRST_SPECULATOR_ONLY = {"prompt_lookup": False, "suffix_index_tokens": 0, "metrics_port": 0}
 
@@ -89,7 +90,8 @@ class Planner:
             "llm": self._settings.llm,
             "speculator": speculators,
         } | ON_LOOPBACK
-        return Service("verifier", self._command("verifier", decided, (*SHARED, "threads")), grpc_probe(address))
+        command = self._command("verifier", decided, (*SHARED, *SHARED_WITH_VERIFIER))
+        return Service("verifier", command, grpc_probe(address))
 
     def _gateway(self, port: int, verifier: str, redis: str) -> Service:
         settings = self._settings

@@ -45,6 +45,10 @@ class UpSettings:
     verifier_port: int = setting("Port of the verifier; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
     speculator_port: int = setting("Port of the speculator; 0 chooses a free one.", default=0, minimum=0, maximum=65535)
     redis_url: str | None = setting("A Redis server that runs already; without, one is started.", default=None)
+    tensor_parallel: int = setting("Processes that share each layer of the large model.", default=1, minimum=1)
+    pipeline_parallel: int = setting(
+        "Stages of consecutive layers of the large model, in processes of their own.", default=1, minimum=1
+    )
     threads: int = setting(
         "CPU threads of the large model; 0: all cores. Small ones have their own setting.", default=0, minimum=0
     )

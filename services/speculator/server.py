@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import grpc
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
-from runtime.transformer import LoadOptions
+from runtime.transformer import LoadOptions, Transformer
 from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
@@ -127,11 +128,11 @@ async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIter
         worker.shutdown()
 
 
-def _load(settings: SpeculatorSettings) -> list[LoadedModel]:
+def _load(settings: SpeculatorSettings) -> list[LoadedModel[Transformer]]:
     """Load every model; StartupError when one cannot be served or differs from the first in its tokens."""
-    options = LoadOptions(settings.device, settings.dtype, settings.kernels)
+    load = partial(Transformer.load, options=LoadOptions(settings.device, settings.dtype, settings.kernels))
     share = settings.kv_memory / max(1, len(settings.ssm))
-    loaded = [LoadedModel.load(ssm, options, share, settings.max_sequences) for ssm in settings.ssm]
+    loaded = [LoadedModel.load(ssm, load, share, settings.max_sequences) for ssm in settings.ssm]
     for model in loaded:
         try:
             model.facts.check_drafts_for(loaded[0].facts)
@@ -151,7 +152,7 @@ def _lookups(settings: SpeculatorSettings, metrics: SpeculatorMetrics) -> list[D
     return lookups
 
 
-def _drafter(settings: SpeculatorSettings, loaded: LoadedModel) -> Drafter:
+def _drafter(settings: SpeculatorSettings, loaded: LoadedModel[Transformer]) -> Drafter:
     """StartupError when the model's calibration is broken."""
     try:
         calibration = Calibration.read(loaded.folder)

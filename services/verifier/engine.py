@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from runtime.parallel.liveness import GroupFailed
 from services.verifier.drafts import DraftCollector
 from services.verifier.logprobs import gather_logprobs
 from services.verifier.metrics import VerifierMetrics
@@ -62,7 +63,7 @@ class Engine:
         self._lock = threading.Condition()
         self._arrivals: deque[tuple[int, GenerationRequest, Sink]] = deque()
         self._cancelled: set[int] = set()
-        self._stopping = False
+        self._stopping = self._aborted = False
         self._sequences: dict[int, RunningSequence] = {}
         self._step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -75,8 +76,26 @@ class Engine:
         with self._lock:
             self._stopping = True
             self._lock.notify()
-        self._thread.join(timeout_s)
+        # After abort() the step under way may never end.
+        self._thread.join(0 if self._aborted else timeout_s)
         self.drafts.close()
+
+    def abort(self, reason: Exception) -> None:
+        """End all requests at once so that another verifier can go on with them; no step follows.
+
+        From any thread: the engine's own may be in a step that waits for a lost rank for ever.
+        """
+        with self._lock:
+            if self._aborted:
+                return
+            self._stopping = self._aborted = True
+            sinks = [sink for _, _, sink in self._arrivals]
+            self._arrivals.clear()
+            self._lock.notify()
+        sinks += [sequence.sink for sequence in list(self._sequences.values())]
+        for sink in sinks:
+            sink(EngineStopped(str(reason)))
+        self._on_fatal(reason)
 
     def submit(self, request: GenerationRequest, sink: Sink) -> int:
         """Queue a request; return its id for `cancel`.
@@ -118,6 +137,8 @@ class Engine:
     def _step_or_fail(self) -> None:
         try:
             self.step()
+        except GroupFailed as error:
+            self.abort(error)
         except Exception as error:  # whatever a step meets, its sequences get an error and the engine lives
             log.exception("engine step failed")
             self._fail_all(StepFailed(f"engine step failed: {error!r}"))

@@ -10,7 +10,7 @@ import torch
 
 from runtime.batch import Segment
 from runtime.kv_cache import KVCache, slot
-from runtime.transformer import Transformer
+from runtime.step_model import StepModel
 from services.verifier.scheduler import SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
 from speculation.merge import MergedDraft
@@ -34,7 +34,7 @@ class StepLogits:
 class Runner:
     """Owns the model and its cache; only the engine's thread calls it."""
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: StepModel, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
 

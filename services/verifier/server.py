@@ -6,12 +6,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 
 from protos import tree_pb2, verifier_pb2
 from protos.verifier_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
-from runtime.transformer import LoadOptions
+from runtime.parallel.group import Group
+from runtime.parallel.model import LeadingModel, RankModel
+from runtime.parallel.place import Place
+from runtime.step_model import StepModel
+from runtime.transformer import Transformer
 from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
@@ -21,6 +26,7 @@ from services.verifier import wire
 from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine, EngineStopped
 from services.verifier.metrics import VerifierMetrics
+from services.verifier.ranks import joined, options_of
 from services.verifier.request import InvalidRequest, QueueFull, Sink, StepOutput
 from services.verifier.runner import Runner
 from services.verifier.scheduler import Scheduler, SchedulerSettings
@@ -89,32 +95,42 @@ def _failure(error: Exception) -> StatusError:
 
 
 @asynccontextmanager
-async def serve(settings: VerifierSettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
-    """Load the model, connect the speculators, serve until the context ends."""
+async def serve(settings: VerifierSettings, lifecycle: Lifecycle, place: Place | None = None) -> AsyncIterator[None]:
+    """Load the model, connect the speculators, serve until the context ends.
+
+    place: of rank 0 in a group that torchrun started.
+    """
     security = security_of(settings, settings.tls_server_name)
-    use_threads(settings.threads)
-    options = LoadOptions(settings.device, settings.dtype, settings.kernels)
-    loaded = await asyncio.to_thread(
-        LoadedModel.load,
-        settings.llm,
-        options,
-        settings.kv_memory,
-        settings.max_sequences,
-        settings.kv_blocks,
-        settings.model_name,
+    with joined(settings, place) as group:
+        loaded = await asyncio.to_thread(_load, settings, group)
+        metrics = VerifierMetrics(lifecycle.registry)
+        links = await _connect(settings, security, loaded.facts, metrics)
+        engine = _build_engine(settings, loaded, links, metrics, lifecycle)
+        server = aio_server(lifecycle)
+        add_VerifierServicer_to_server(Servicer(engine, loaded.facts), server)
+        endpoint = Endpoint(settings.host, settings.port, settings.health_port)
+        if group is not None:
+            group.on_failure = engine.abort
+        async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
+            engine.start()
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(engine.stop)  # before the server: what is open ends with UNAVAILABLE
+
+
+def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepModel]:
+    use_threads(settings.threads, 1 if group is None else group.place.local_ranks)
+    options = options_of(settings, None if group is None else group.place)
+
+    def load(folder: Path) -> StepModel:
+        if group is None:
+            return Transformer.load(folder, options)
+        return LeadingModel(RankModel.load(folder, options, group), group)
+
+    return LoadedModel.load(
+        settings.llm, load, settings.kv_memory, settings.max_sequences, settings.kv_blocks, settings.model_name
     )
-    facts = loaded.facts
-    metrics = VerifierMetrics(lifecycle.registry)
-    engine = _build_engine(settings, loaded, await _connect(settings, security, facts, metrics), metrics, lifecycle)
-    server = aio_server(lifecycle)
-    add_VerifierServicer_to_server(Servicer(engine, facts), server)
-    endpoint = Endpoint(settings.host, settings.port, settings.health_port)
-    async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
-        engine.start()
-        try:
-            yield
-        finally:
-            await asyncio.to_thread(engine.stop)  # before the server: what is open ends with UNAVAILABLE
 
 
 async def _connect(
@@ -134,7 +150,7 @@ async def _connect(
 
 def _build_engine(
     settings: VerifierSettings,
-    loaded: LoadedModel,
+    loaded: LoadedModel[StepModel],
     links: list[SpeculatorLink],
     metrics: VerifierMetrics,
     lifecycle: Lifecycle,

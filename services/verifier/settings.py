@@ -38,8 +38,17 @@ class VerifierSettings(ServiceSettings):
         "Type of the weights; auto: as stored. int8 is rounding: another model, half the memory of bfloat16.",
         default="auto",
     )
+    tensor_parallel: int = setting("Ranks that share each layer, a device each.", default=1, minimum=1)
+    pipeline_parallel: int = setting("Stages of consecutive layers.", default=1, minimum=1)
+    rank_timeout_s: float = setting(
+        "A rank that is silent, or computes without reaching the others, for so long ends the group.",
+        default=30.0,
+        minimum=1,
+    )
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
-    threads: int = setting("CPU threads of the model; 0: all cores.", default=0, minimum=0)
+    threads: int = setting(
+        "CPU threads of the model, for each rank; 0: all cores, shared by the ranks of a machine.", default=0, minimum=0
+    )
     kv_memory: float = setting("Fraction of the free memory for the KV cache.", default=0.5, minimum=0.01, maximum=0.95)
     kv_blocks: int = setting(
         "Blocks of 16 tokens of the KV cache; 0: as many as kv_memory holds.", default=0, minimum=0

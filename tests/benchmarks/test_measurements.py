@@ -44,7 +44,7 @@ def test_steps_are_timed_for_every_number_of_nodes(llm: Path) -> None:
     times = measure("tiny", model, context=20, counts=(1, 5, 70), repeats=3)
     assert list(times.median_ms) == [1, 5, 70]
     assert all(ms > 0 for ms in times.median_ms.values())
-    assert (times.device, times.dtype, times.parameters) == ("cpu", "float32", model.parameters)
+    assert (times.device, times.dtype, times.parameters) == ("cpu", "float32", model.config.parameters)
 
 
 def test_the_measured_tree_is_binary() -> None:

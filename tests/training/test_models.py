@@ -55,4 +55,4 @@ def test_llm_and_ssm_from_text_to_served_folders(corpus: Path, tmp_path: Path) -
     )
     assert large.weight_dtype is little.weight_dtype is torch.bfloat16
     assert large.config.layers == 3
-    assert little.parameters < large.parameters
+    assert little.config.parameters < large.config.parameters

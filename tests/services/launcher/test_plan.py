@@ -121,12 +121,14 @@ def test_with_a_redis_that_runs_already(settings: UpSettings) -> None:
 def test_shared_settings_reach_each_service_that_does_not_give_its_own(settings: UpSettings, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("[verifier]\nlog_level = 'debug'\ndraft_nodes = 3\n")
-    plan = make(replace(settings, log_level="warning", threads=2), config, {"SPECSERVE_SPECULATOR_THREADS": "1"})
+    settings = replace(settings, log_level="warning", threads=2, tensor_parallel=2)
+    plan = make(settings, config, {"SPECSERVE_SPECULATOR_THREADS": "1"})
     assert flags(plan, "gateway")["--log-level"] == ["warning"]
     assert "--log-level" not in flags(plan, "verifier")
-    assert flags(plan, "verifier")["--threads"] == ["2"]
+    assert flags(plan, "verifier")["--threads"] == flags(plan, "verifier")["--tensor-parallel"] == ["2"]
     assert "--threads" not in flags(plan, "speculator")
     assert "--threads" not in flags(plan, "gateway")
+    assert flags(plan, "verifier")["--pipeline-parallel"] == ["1"]
     assert all("--config" in service.command for service in plan.services[1:])
 
 

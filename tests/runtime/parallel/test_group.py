@@ -1,0 +1,125 @@
+"""Groups of real processes over Gloo against one process, in every shape of model, degree and storage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
+
+from kernels.backend import RequestedName
+from runtime.kv_cache import KVCache
+from runtime.parallel.sharding import Degrees
+from runtime.transformer import LoadOptions, Transformer
+from tests.runtime.parallel.scenario import BLOCKS, CHAINS, VOCAB, play
+from tests.tiny_models import write_model
+
+TIMEOUT_S = 240
+RANKS = 4
+# Heads 8 over KV heads 2 and 1: at four ranks KV heads are held twice or by all. Three layers make unequal stages.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-mha-tied": {},
+    "llama-gqa": {"num_attention_heads": 8},
+    "llama3-rope": {},
+    "llama-linear-rope-bias": {},
+    "qwen2": {"num_attention_heads": 8},
+    "qwen3": {},
+}
+DEGREES = ((2, 1), (1, 2), (2, 2), (4, 1))
+# Folder, degrees, kernels, type of the weights.
+Case = tuple[str, tuple[int, int], RequestedName, str]
+CASES: list[Case] = [(name, degrees, "native", "auto") for name in MODELS for degrees in DEGREES]
+CASES += [("llama-gqa", (2, 1), "torch", "auto"), ("llama-gqa", (2, 2), "native", "bfloat16")]
+# Each rank of a stage rounds its own part of a row to int8, so that tensor parallelism makes yet another model of it.
+CASES += [("llama-gqa", (1, 2), "native", "int8")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    shape = {"vocab_size": VOCAB, "num_hidden_layers": 3}
+    return {name: write_model(folder / name, name, **(shape | options)) for name, options in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
+    """What each rank of each case has written; the same processes play all cases."""
+    out = tmp_path_factory.mktemp("ranks")
+    cases = [
+        {
+            "folder": str(folders[name]),
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "kernels": kernels,
+            "dtype": dtype,
+            "out": f"{out}/{index}",
+        }
+        for index, (name, (tensor, pipeline), kernels, dtype) in enumerate(CASES)
+    ]
+    (out / "cases.json").write_text(json.dumps(cases))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = [sys.executable, "-m", "tests.runtime.parallel.rank_program", str(out / "cases.json")]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(store.port)], stderr=subprocess.PIPE, text=True)
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
+    return {
+        case: [torch.load(f"{out}/{i}.{rank}") for rank in range(Degrees(*case[1]).ranks)]
+        for i, case in enumerate(CASES)
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(folders: dict[str, Path]) -> dict[Any, tuple[Transformer, KVCache, dict[str, torch.Tensor]]]:
+    """What one process gives, by model, kernels and type."""
+    results = {}
+    for name, kernels, dtype in {(name, kernels, dtype) for name, _, kernels, dtype in CASES}:
+        model = Transformer.load(folders[name], LoadOptions(device="cpu", dtype=dtype, kernels=kernels))
+        cache = KVCache(model.config, BLOCKS, model.device, model.activation_dtype)
+        results[name, kernels, dtype] = (model, cache, play(model, cache))
+    return results
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_group_computes_what_one_process_does(case: Any, ranks: Any, whole: Any) -> None:
+    played = ranks[case][0]["played"]
+    name, _, *storage = case
+    expected = whole[name, *storage][2]
+    assert played.keys() == expected.keys()
+    for part, logits in expected.items():
+        if part == "greedy":
+            assert torch.equal(played[part], logits)
+        else:
+            torch.testing.assert_close(played[part], logits, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "native"], ids=str)
+def test_a_rows_bits_do_not_depend_on_its_batch(case: Any, ranks: Any) -> None:
+    played = ranks[case][0]["played"]
+    assert len(played["together"]) == sum(CHAINS)
+    assert torch.equal(played["together"], played["alone"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_cache_of_a_rank_holds_its_layers_and_kv_heads(case: Any, ranks: Any, whole: Any) -> None:
+    name, (tensor, _), *storage = case
+    model, cache, _ = whole[name, *storage]
+    assert {rank["blocks"] for rank in ranks[case]} == {BLOCKS}, "the least of any rank"
+    held_twice = max(1, tensor // model.config.kv_heads)
+    assert sum(rank["cache"] for rank in ranks[case]) == cache.data.nbytes * held_twice
+    for index, rank in enumerate(ranks[case]):
+        share = len(rank["layers"]) / model.config.layers
+        assert rank["cache"] == cache.data.nbytes * share / min(tensor, model.config.kv_heads)
+        assert rank["layers"] == ranks[case][index - index % tensor]["layers"], "a stage's ranks share its layers"
+    assert sorted(layer for rank in ranks[case][::tensor] for layer in rank["layers"]) == [0, 1, 2]
