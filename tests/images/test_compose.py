@@ -14,6 +14,7 @@ from typing import Any
 import compose_spec
 import pytest
 import yaml
+from compose_spec.models import ComposeSpecification
 
 from services.common.settings import load_settings
 from tests.images.dockerfile import read
@@ -26,7 +27,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = [name for name, service in SERVICES.items() if "build" in service]
 
 
-def parse(document: dict[str, Any]) -> compose_spec.ComposeSpecification:
+def parse(document: dict[str, Any]) -> ComposeSpecification:
     return compose_spec.PyCompose.from_json(json.dumps(document)).to_spec()
 
 
