@@ -31,7 +31,7 @@ from runtime.config import ModelConfig, RopeScaling
 from runtime.kv_cache import CachedSequence, longest_sequence_blocks
 from runtime.step_graph import cuda_capture
 from runtime.transformer import Transformer
-from runtime.weights import LayerWeights, ModelWeights
+from runtime.weights import EndWeights, LayerWeights
 
 CONTEXTS = (1024, 4096, 16384)
 ATTENTION_NODES = (1, 8, 32, 64)
@@ -75,7 +75,9 @@ def weight_bytes(config: ModelConfig, itemsize: int) -> int:
     return (config.layers * layer + config.vocab_size * config.hidden_size) * itemsize
 
 
-def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+def random_weights(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[EndWeights, list[LayerWeights]]:
     """Weights of a model's shape, made on the device; norms are 1, so that nothing overflows."""
 
     def matrix(outputs: int, inputs: int) -> torch.Tensor:
@@ -96,12 +98,12 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
             down=matrix(config.hidden_size, config.intermediate_size),
         )
 
-    return ModelWeights(
+    ends = EndWeights(
         embedding=torch.randn(config.vocab_size, config.hidden_size, device=device, dtype=dtype),
-        layers=tuple(layer() for _ in range(config.layers)),
         final_norm=torch.ones(config.hidden_size, device=device, dtype=dtype),
         head=matrix(config.vocab_size, config.hidden_size),
     )
+    return ends, [layer() for _ in range(config.layers)]
 
 
 def with_attention(backend: Backend, attention: TreeAttention) -> Backend:
@@ -191,7 +193,8 @@ def attention_line(context: int, nodes: int, times: Mapping[str, float], moved: 
 
 def step_table(config: ModelConfig, rate: float, repeats: int, peers: Sequence[str]) -> str:
     device = torch.device("cuda")
-    weights, backend = random_weights(config, device, torch.bfloat16), choose_backend(device, "triton")
+    weights = random_weights(config, device, torch.bfloat16)
+    backend = choose_backend(device, "triton")
     floor = 1000 * weight_bytes(config, 2) / rate
     lines = []
     for nodes in STEP_NODES:
@@ -199,7 +202,7 @@ def step_table(config: ModelConfig, rate: float, repeats: int, peers: Sequence[s
         times = {}
         for name in ("ours", *peers):
             own = backend if name == "ours" else with_attention(backend, PEERS[name](tree))
-            compute = step_of(Transformer(config, weights, own, device), STEP_CONTEXT, nodes)
+            compute = step_of(Transformer(config, *weights, own, device), STEP_CONTEXT, nodes)
             times[name] = step_ms(compute, repeats)
         lines.append(step_line(nodes, times, floor))
     return markdown_table(["nodes", *(f"{name}, ms" for name in ("ours", *peers)), "ours / floor"], lines)

@@ -41,7 +41,7 @@ def test_peers_compute_what_ours_computes(peer: str, context: int, nodes: int) -
 def test_a_step_with_a_peers_attention_gives_the_same_logits(peer: str) -> None:
     weights, backend = gpu.random_weights(TINY, CPU, torch.float32), choose_backend(CPU, "torch")
     other = gpu.with_attention(backend, gpu.PEERS[peer](Tree.binary(40, 8, CPU)))
-    models = [Transformer(TINY, weights, one, CPU) for one in (backend, other)]
+    models = [Transformer(TINY, *weights, one, CPU) for one in (backend, other)]
     with torch.inference_mode():
         expected, actual = (gpu.step_of(model, 40, 8)() for model in models)
     assert expected.shape == (8, 100)
@@ -57,9 +57,9 @@ def test_the_tree_is_binary() -> None:
 def test_floors() -> None:
     # 2 * 20 keys and values of 2 heads, 2 * 3 queries and results of 4 heads, of 8 numbers of 2 bytes
     assert gpu.attention_bytes(20, 3, 4, 2, 8, 2) == (2 * 20 * 2 + 2 * 3 * 4) * 8 * 2
-    stored = gpu.random_weights(TINY, CPU, torch.float32)
-    matrices = [m for layer in stored.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-    assert gpu.weight_bytes(TINY, 4) == 4 * sum(matrix.numel() for matrix in [*matrices, stored.head])
+    ends, layers = gpu.random_weights(TINY, CPU, torch.float32)
+    matrices = [m for layer in layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    assert gpu.weight_bytes(TINY, 4) == 4 * sum(matrix.numel() for matrix in [*matrices, ends.head])
     assert gpu.weight_bytes(gpu.LLAMA_7B, 2) == pytest.approx(13.2e9, rel=0.01)
 
 
