@@ -1,4 +1,4 @@
-"""Clients that time one stream: HTTP through the gateway, gRPC straight to the verifier.
+"""Clients that time one stream: HTTP to an OpenAI server, gRPC straight to the verifier.
 
 They share the machine with what they measure, so they only take times while the stream runs and parse afterwards.
 """
@@ -34,25 +34,74 @@ class RequestFailed(RuntimeError):
     """The server refused or broke off a request; the message says why."""
 
 
+Prompt = str | Sequence[int]
+
+
 @dataclass(frozen=True)
-class GatewayClient:
+class Stream:
+    """One streamed completion as it came.
+
+    started: when the request was sent, on CLOCK_MONOTONIC. times: of each event, in seconds since then.
+    """
+
+    started: float
+    times: list[float]
+    events: list[dict[str, Any]]
+    total_s: float
+
+    @property
+    def token_times(self) -> list[float]:
+        """Times of the events that brought text."""
+        return [
+            time
+            for time, event in zip(self.times, self.events, strict=True)
+            if any(choice["text"] for choice in event["choices"])
+        ]
+
+    def answer(self) -> Answer:
+        """The completion.
+
+        llm_steps: as the server tells; llama.cpp tells the accepted drafts, which needed no step of their own; vLLM
+        tells nothing and sends an event for every step.
+        """
+        pieces = [choice["text"] for event in self.events for choice in event["choices"]]
+        last = self.events[-1]
+        usage, timings = last["usage"], last.get("timings")
+        tokens = usage["completion_tokens"]
+        steps = tokens - timings.get("draft_n_accepted", 0) if timings is not None else len(pieces)
+        return Answer(
+            text="".join(pieces),
+            tokens=tokens,
+            events=len(pieces),
+            llm_steps=usage.get("llm_steps", steps),
+            first_token_s=self.times[0],
+            total_s=self.total_s,
+        )
+
+
+@dataclass(frozen=True)
+class CompletionClient:
     """Greedy streaming completions of one model at `url`."""
 
     url: str
     model: str
 
     @classmethod
-    def connect(cls, url: str) -> GatewayClient:
-        """A client of the first model that the gateway has.
+    def connect(cls, url: str) -> CompletionClient:
+        """A client of the first model that the server has.
 
         Raises:
-            RequestFailed: the gateway does not tell.
+            RequestFailed: the server does not tell.
         """
         with _connection(url) as connection:
             connection.request("GET", "/v1/models")
             return cls(url, str(json.loads(_ok(connection, url).read())["data"][0]["id"]))
 
-    def complete(self, prompt: str, new_tokens: int) -> Answer:
+    def complete(self, prompt: Prompt, new_tokens: int) -> Answer:
+        """Stream one completion to its end; see stream()."""
+        return self.stream(prompt, new_tokens).answer()
+
+    def stream(self, prompt: Prompt, new_tokens: int) -> Stream:
         """Stream one completion.
 
         Raises:
@@ -60,18 +109,21 @@ class GatewayClient:
         """
         body = {
             "model": self.model,
-            "prompt": prompt,
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "max_tokens": new_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         with _connection(self.url) as connection:
-            started = time.perf_counter()
+            started = time.monotonic()
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             lines, times = _read_events(_ok(connection, self.url))
-            total_s = time.perf_counter() - started
-        return _parse([json.loads(line[len(DATA) :]) for line in lines], times[0] - started, total_s)
+            total_s = time.monotonic() - started
+        events = [json.loads(line[len(DATA) :]) for line in lines]
+        if errors := [event["error"]["message"] for event in events if "error" in event]:
+            raise RequestFailed(errors[0])
+        return Stream(started, [moment - started for moment in times], events, total_s)
 
 
 @contextmanager
@@ -101,24 +153,9 @@ def _read_events(response: http.client.HTTPResponse) -> tuple[list[bytes], list[
                 raise RequestFailed("the stream ended without an event")
             return lines, times
         if line.startswith(DATA):
-            times.append(time.perf_counter())
+            times.append(time.monotonic())
             lines.append(line)
     raise RequestFailed("the server ended the stream before its end")
-
-
-def _parse(events: list[dict[str, Any]], first_token_s: float, total_s: float) -> Answer:
-    if errors := [event["error"]["message"] for event in events if "error" in event]:
-        raise RequestFailed(errors[0])
-    pieces = [choice["text"] for event in events for choice in event["choices"]]
-    usage = events[-1]["usage"]
-    return Answer(
-        text="".join(pieces),
-        tokens=usage["completion_tokens"],
-        events=len(pieces),
-        llm_steps=usage["llm_steps"],
-        first_token_s=first_token_s,
-        total_s=total_s,
-    )
 
 
 class VerifierClient:
@@ -129,7 +166,7 @@ class VerifierClient:
         self._tokenizer = GatewayTokenizer.from_folder(Path(resolve_model(llm)))
         self._stop = self._stub.GetModelInfo(ModelInfoRequest(), timeout=TIMEOUT_S).eos_token_ids
 
-    def complete(self, prompt: str, new_tokens: int) -> Answer:
+    def complete(self, prompt: Prompt, new_tokens: int) -> Answer:
         """Stream one completion.
 
         Raises:
@@ -137,20 +174,20 @@ class VerifierClient:
         """
         request = GenerateRequest(
             request_id="benchmark",
-            prompt_token_ids=self._tokenizer.encode(prompt),
+            prompt_token_ids=self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
             max_new_tokens=new_tokens,
             stop_token_ids=self._stop,
             sampling=SamplingParams(temperature=0, top_p=1, repetition_penalty=1),
         )
-        started = time.perf_counter()
+        started = time.monotonic()
         responses, times = [], []
         try:
             for response in self._stub.Generate(request, timeout=TIMEOUT_S):
-                times.append(time.perf_counter())
+                times.append(time.monotonic())
                 responses.append(response)
         except grpc.RpcError as error:
             raise RequestFailed(f"the verifier failed: {error}") from error
-        total_s = time.perf_counter() - started
+        total_s = time.monotonic() - started
         tokens = [token for response in responses for token in response.token_ids]
         return Answer(
             text=self._text(request.prompt_token_ids, tokens),

@@ -12,7 +12,8 @@ from typing import Any, Literal
 # Prompts of every kind, those of the serving table.
 MIXED_PROMPTS = Path(__file__).parent / "prompts" / "mixed.jsonl"
 
-Engine = Literal["specserve", "transformers"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Engine = Literal["specserve", "transformers", "llama.cpp", "vLLM"]
 
 
 # Prompts are asked several times: an index of earlier outputs would know the answers.
@@ -27,7 +28,8 @@ class Configuration:
     drafts: whether there are drafts.
     ssms: how many of the small models draft; Hugging Face always gets the first. apart: a speculator process for each.
     verifier, speculator: settings that differ from the defaults (specserve).
-    dtype: of weights and arithmetic (transformers).
+    dtype: of weights and arithmetic (peers).
+    flags: for the peer's server.
     """
 
     key: str
@@ -38,7 +40,8 @@ class Configuration:
     apart: bool = False
     verifier: dict[str, Any] = field(default_factory=dict)
     speculator: dict[str, Any] = field(default_factory=lambda: NO_LOOKUP)
-    dtype: str = "float32"
+    dtype: Precision = "float32"
+    flags: tuple[str, ...] = ()
 
 
 PLAIN = Configuration("plain", "SpecServe, plain decoding", "specserve", drafts=False)

@@ -19,7 +19,7 @@ import torch
 import typer
 
 from benchmarks.machine import describe_machine
-from benchmarks.report import markdown_table, shown_command
+from benchmarks.markdown import markdown_table, shown_command
 from kernels.backend import Backend, choose_backend
 from kernels.blocks import AttentionBatch, AttentionBlock, AttentionWeights, MlpBlock, MlpWeights
 from kernels.native import set_num_threads

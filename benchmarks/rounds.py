@@ -5,36 +5,43 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
-from benchmarks.client import GatewayClient, VerifierClient
+from benchmarks.client import CompletionClient, Prompt, VerifierClient
 from benchmarks.configurations import BEST_FIRST, PLAIN, Configuration
-from benchmarks.samples import LatencyPair, Sample, StepTimes
-from benchmarks.stack import ServiceOptions, running_stack
+from benchmarks.load import LoadSample, measure_load
+from benchmarks.peers.batched_bench import llama_step_times
+from benchmarks.peers.home import LLAMA_CPP
+from benchmarks.samples import LatencyPair, PeerSteps, Sample, StepTimes, Trial
+from benchmarks.servers import Models, Served, Servers
 from benchmarks.workers import hugging_face_answers, step_times
 from services.common.grpc_setup import channel
+from services.common.model_files import resolve_model
 from services.common.tls import INSECURE
-from services.launcher.settings import UpSettings
+from services.gateway.tokenizer import GatewayTokenizer
 
 WARM_UP_TOKENS = 16
-# Whether a row for bf16 is worth its time is tried on a few answers.
-TRIAL_PROMPTS, TRIAL_TOKENS, CLEARLY_FASTER = 3, 48, 1.1
+# Which of several settings is fastest is tried on a few answers.
+TRIAL_PROMPTS, TRIAL_TOKENS = 3, 48
 # These stacks also answer without the gateway, for the table of what it adds.
 LATENCY_OF = (PLAIN.key, BEST_FIRST.key)
+# The step times of ours and theirs take turns.
+STEP_TURNS = 3
+STEP_CONTEXT = 128
+PEER_ROWS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every configuration has to do. device: "cpu", "cuda", ... threads: 0 for all cores."""
+    """What every configuration has to do."""
 
-    llm: str
-    ssms: tuple[str, ...]
+    models: Models
     prompts: tuple[str, ...]
     new_tokens: int
     rounds: int
-    device: str
-    threads: int
 
 
 @dataclass
@@ -44,95 +51,146 @@ class Measurements:
     samples: list[Sample] = field(default_factory=list)
     latency: list[LatencyPair] = field(default_factory=list)
     steps: list[StepTimes] = field(default_factory=list)
+    peer_steps: list[PeerSteps] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    load: list[LoadSample] = field(default_factory=list)
 
 
 class Benchmark:
-    """Runs the configurations of a task one at a time. on_line: gets log lines of the services; tick: each sample."""
+    """Runs the configurations of a task one at a time. tick: is told the key of each that answered."""
 
-    def __init__(self, task: Task, on_line: Callable[[str], None], tick: Callable[[Configuration], None]) -> None:
+    def __init__(self, task: Task, servers: Servers, tick: Callable[[str], None]) -> None:
         self.task = task
         self.measured = Measurements()
-        self._on_line = on_line
+        self._servers = servers
         self._tick = tick
+        tokenizer = GatewayTokenizer.from_folder(Path(resolve_model(task.models.llm)))
+        # Token ids, so that no server's own tokenizer makes a difference.
+        self._ids: list[Prompt] = [tokenizer.encode(prompt) for prompt in task.prompts]
 
-    async def is_clearly_faster(self, configuration: Configuration, than: Configuration) -> bool:
-        """Compares two Hugging Face configurations on a few answers."""
-        prompts = self.task.prompts[:TRIAL_PROMPTS]
-        trial = dataclasses.replace(self.task, prompts=prompts, new_tokens=min(TRIAL_TOKENS, self.task.new_tokens))
-        ms = [
-            median([sample.answer.ms_per_token async for sample in _hugging_face(trial, candidate, 0)])
-            for candidate in (configuration, than)
-        ]
-        return CLEARLY_FASTER * ms[0] < ms[1]
+    @property
+    def models(self) -> Models:
+        return self.task.models
+
+    async def fastest(self, candidates: Sequence[Configuration]) -> Configuration:
+        """Tries settings of a row on a few answers, keeps what was tried, and gives the fastest."""
+        tokens = min(TRIAL_TOKENS, self.task.new_tokens)
+        trials = []
+        for candidate in candidates:
+            answers = [s.answer async for s in self._answers(candidate, 0, TRIAL_PROMPTS, tokens)]
+            trials.append(Trial(candidate.title, median(answer.ms_per_token for answer in answers)))
+            self._tick(candidate.key)
+        self.measured.trials += trials
+        return min(zip(candidates, trials, strict=True), key=lambda pair: pair[1].ms_per_token)[0]
 
     async def run_rounds(self, configurations: Sequence[Configuration]) -> None:
         """All rounds; every other one goes through the configurations in reverse."""
         for turn in range(self.task.rounds):
             for configuration in configurations[:: 1 if turn % 2 == 0 else -1]:
-                if configuration.engine == "specserve":
-                    await self._run_stack(configuration, turn)
-                else:
-                    async for sample in _hugging_face(self.task, configuration, turn):
-                        self.measured.samples.append(sample)
-                        self._tick(configuration)
+                if configuration.key in LATENCY_OF:
+                    await self._measure_twice(configuration, turn)
+                    continue
+                async for sample in self._answers(configuration, turn, len(self._ids), self.task.new_tokens):
+                    self.measured.samples.append(sample)
+                    self._tick(configuration.key)
 
-    async def measure_steps(self) -> None:
-        """Step times of the LLM, then of each SSM."""
-        for model, threads in ((self.task.llm, self.task.threads), *((ssm, 1) for ssm in self.task.ssms)):
-            options = {"model": model, "device": self.task.device, "threads": threads}
-            self.measured.steps.append(await step_times(options))
+    async def run_load(self, configurations: Sequence[Configuration], streams: Sequence[int]) -> None:
+        """Several streams at once, in rounds of opposite order."""
+        for turn in range(self.task.rounds):
+            for count in streams:
+                for configuration in configurations[:: 1 if turn % 2 == 0 else -1]:
+                    async with self._client(configuration, count) as (client, _):
+                        sample = await asyncio.to_thread(
+                            measure_load, client, configuration.key, self._ids, self.task.new_tokens, count, turn
+                        )
+                    self.measured.load.append(sample)
+                    self._tick(configuration.key)
 
-    async def _run_stack(self, configuration: Configuration, turn: int) -> None:
-        task = self.task
-        up = UpSettings(
-            llm=task.llm,
-            ssm=task.ssms[: configuration.ssms],
-            speculator=configuration.drafts,
-            speculator_per_ssm=configuration.apart,
-            threads=task.threads,
-        )
-        device = {"device": task.device}
-        options: ServiceOptions = {
-            "verifier": device | configuration.verifier,
-            "speculator": device | configuration.speculator,
+    async def measure_steps(self, beside: Sequence[Configuration]) -> None:
+        """Step times of the LLM in turns with those of llama.cpp's settings `beside`, then of each SSM."""
+        models = self.task.models
+        options = {"device": models.device, "context": STEP_CONTEXT}
+        ours, theirs = [], []
+        for _ in range(STEP_TURNS if beside else 1):
+            ours.append(await step_times(options | {"model": models.llm, "threads": models.threads}))
+            theirs.append([await self._llama_steps(configuration) for configuration in beside])
+        self.measured.steps.append(_median_steps(ours))
+        self.measured.peer_steps += [_median_peer_steps(own) for own in zip(*theirs, strict=True)]
+        for ssm in models.ssms:
+            self.measured.steps.append(await step_times(options | {"model": ssm, "threads": 1}))
+
+    async def _llama_steps(self, configuration: Configuration) -> PeerSteps:
+        servers = self._servers
+        model = servers.gguf(self.task.models.llm, configuration.dtype)
+        folder, threads = servers.peers.folders[LLAMA_CPP], self.task.models.cores
+        times = await llama_step_times(folder, model, PEER_ROWS, STEP_CONTEXT, threads, configuration.flags)
+        return PeerSteps(configuration.title, dict(times))
+
+    @asynccontextmanager
+    async def _client(
+        self, configuration: Configuration, streams: int = 1
+    ) -> AsyncIterator[tuple[CompletionClient, Served]]:
+        """A client of the running and warm server of a configuration."""
+        async with self._servers.serving(configuration, streams) as served:
+            client = await asyncio.to_thread(CompletionClient.connect, served.url)
+            await asyncio.to_thread(client.complete, self._ids[0], min(WARM_UP_TOKENS, self.task.new_tokens))
+            yield client, served
+
+    async def _answers(
+        self, configuration: Configuration, turn: int, prompts: int, new_tokens: int
+    ) -> AsyncIterator[Sample]:
+        if configuration.engine == "transformers":
+            async for sample in self._hugging_face(configuration, turn, prompts, new_tokens):
+                yield sample
+            return
+        async with self._client(configuration) as (client, _):
+            for prompt, ids in enumerate(self._ids[:prompts]):
+                answer = await asyncio.to_thread(client.complete, ids, new_tokens)
+                yield Sample(configuration.key, prompt, turn, answer)
+
+    async def _hugging_face(
+        self, configuration: Configuration, turn: int, prompts: int, new_tokens: int
+    ) -> AsyncIterator[Sample]:
+        models = self.task.models
+        options = {
+            "llm": models.llm,
+            "assistant": models.ssms[0] if configuration.drafts else None,
+            "dtype": configuration.dtype,
+            "new_tokens": new_tokens,
+            "device": models.device,
+            "threads": models.threads,
         }
-        async with running_stack(up, options, self._on_line) as stack:
-            with channel(stack.verifier, INSECURE) as connection:
-                gateway = await asyncio.to_thread(GatewayClient.connect, stack.url)
-                direct = VerifierClient(connection, task.llm) if configuration.key in LATENCY_OF else None
-                await asyncio.to_thread(gateway.complete, task.prompts[0], min(WARM_UP_TOKENS, task.new_tokens))
-                for prompt in range(len(task.prompts)):
-                    await asyncio.to_thread(self._ask, configuration, turn, prompt, gateway, direct)
-                    self._tick(configuration)
+        prompt = 0
+        async for answer in hugging_face_answers(list(self.task.prompts[:prompts]), options):
+            yield Sample(configuration.key, prompt, turn, answer)
+            prompt += 1
 
-    def _ask(
-        self,
-        configuration: Configuration,
-        turn: int,
-        prompt: int,
-        gateway: GatewayClient,
-        direct: VerifierClient | None,
+    async def _measure_twice(self, configuration: Configuration, turn: int) -> None:
+        """Through the gateway and past it, which of the two first in turns."""
+        async with self._client(configuration) as (client, served):
+            assert served.verifier is not None
+            with channel(served.verifier, INSECURE) as connection:
+                direct = VerifierClient(connection, self.task.models.llm)
+                for prompt in range(len(self._ids)):
+                    await asyncio.to_thread(self._ask_twice, configuration, turn, prompt, client, direct)
+                    self._tick(configuration.key)
+
+    def _ask_twice(
+        self, configuration: Configuration, turn: int, prompt: int, gateway: CompletionClient, direct: VerifierClient
     ) -> None:
-        text, new_tokens = self.task.prompts[prompt], self.task.new_tokens
+        ids, new_tokens = self._ids[prompt], self.task.new_tokens
         direct_first = (prompt + turn) % 2 == 1
-        before = direct.complete(text, new_tokens) if direct is not None and direct_first else None
-        answer = gateway.complete(text, new_tokens)
+        before = direct.complete(ids, new_tokens) if direct_first else None
+        answer = gateway.complete(ids, new_tokens)
         self.measured.samples.append(Sample(configuration.key, prompt, turn, answer))
-        if direct is not None:
-            pair = LatencyPair(configuration.key, prompt, turn, answer, before or direct.complete(text, new_tokens))
-            self.measured.latency.append(pair)
+        pair = LatencyPair(configuration.key, prompt, turn, answer, before or direct.complete(ids, new_tokens))
+        self.measured.latency.append(pair)
 
 
-async def _hugging_face(task: Task, configuration: Configuration, turn: int) -> AsyncIterator[Sample]:
-    options = {
-        "llm": task.llm,
-        "assistant": task.ssms[0] if configuration.drafts else None,
-        "dtype": configuration.dtype,
-        "new_tokens": task.new_tokens,
-        "device": task.device,
-        "threads": task.threads,
-    }
-    prompt = 0
-    async for answer in hugging_face_answers(list(task.prompts), options):
-        yield Sample(configuration.key, prompt, turn, answer)
-        prompt += 1
+def _median_steps(turns: Sequence[StepTimes]) -> StepTimes:
+    medians = {count: median(turn.median_ms[count] for turn in turns) for count in turns[0].median_ms}
+    return dataclasses.replace(turns[0], median_ms=medians)
+
+
+def _median_peer_steps(turns: Sequence[PeerSteps]) -> PeerSteps:
+    return PeerSteps(turns[0].title, {n: median(turn.ms[n] for turn in turns) for n in turns[0].ms})

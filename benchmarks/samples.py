@@ -70,3 +70,19 @@ class StepTimes:
     kernels: str
     context: int
     median_ms: dict[int, float]
+
+
+@dataclass(frozen=True)
+class PeerSteps:
+    """Milliseconds of one step of a peer by its number of rows."""
+
+    title: str
+    ms: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a row as a few answers found it: median milliseconds per token."""
+
+    title: str
+    ms_per_token: float

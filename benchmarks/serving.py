@@ -1,6 +1,7 @@
-"""The speed table: plain, sequence and tree speculation through the whole stack, against Hugging Face `generate`.
+"""The serving table: our whole stack beside Hugging Face, llama.cpp and vLLM, in one run on one machine.
 
-    make bench
+    make bench-peers && make bench
+    python -m benchmarks.serving --quick
     python -m benchmarks.serving --llm my-llm --ssm my-ssm --out results.md
 
 Everything runs with the same models and prompts in one go, so that the ratios do not depend on the day.
@@ -9,8 +10,10 @@ Everything runs with the same models and prompts in one go, so that the ratios d
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -21,25 +24,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.chart import draw_chart
 from benchmarks.client import RequestFailed
-from benchmarks.configurations import (
-    BEST_FIRST,
-    HF,
-    HF_ASSISTED,
-    HF_ASSISTED_BF16,
-    HF_BF16,
-    LOOKUP,
-    MIXED_PROMPTS,
-    PLAIN,
-    Configuration,
-    merged_trees,
-    sequence_speculation,
-    static_tree,
-)
+from benchmarks.configurations import MIXED_PROMPTS
+from benchmarks.gateway import GatewayLoad, measure_all
+from benchmarks.inflate import MEMORY_BOUND_PARAMETERS, CannotInflate, inflate
+from benchmarks.lineup import ENGINES, Lineup
 from benchmarks.machine import describe_machine
+from benchmarks.markdown import shown_command
+from benchmarks.peers.gguf_file import CannotConvert
+from benchmarks.peers.home import PEERS, find_peers
 from benchmarks.raw import raw_numbers
-from benchmarks.report import Conditions, serving_page, shown_command
-from benchmarks.rounds import Benchmark, Measurements, Task
-from benchmarks.summary import summarize, summarize_latency
+from benchmarks.report import Conditions, serving_page
+from benchmarks.rounds import Benchmark, Task
+from benchmarks.servers import Models, Servers
+from benchmarks.target import Target
 from benchmarks.workers import WorkerFailed
 from services.common.model_files import ModelFilesError, resolve_model
 from services.common.prompt_files import BadPrompts, read_prompts
@@ -50,48 +47,79 @@ from services.launcher.supervisor import ServiceFailed
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULTS = UpSettings()
+STREAMS = (8, 32)
+OPEN_STREAMS = (1, 500)
+# What --quick leaves: enough to see that everything runs.
+QUICK_EVERY, QUICK_TOKENS, QUICK_ROUNDS = 8, 32, 1
 
 # What a user can put right, and what went wrong while measuring; each is one line.
-USAGE_ERRORS = (BadPrompts, ModelFilesError, SettingsError, NoRedisServer)
+USAGE_ERRORS = (BadPrompts, CannotConvert, CannotInflate, ModelFilesError, SettingsError, NoRedisServer)
 RUN_ERRORS = (ServiceFailed, RequestFailed, WorkerFailed)
 
 
-async def run(
-    task: Task, configurations: Sequence[Configuration], try_bf16: bool, console: Console
-) -> tuple[list[Configuration], Measurements]:
-    """Measures everything that the page shows; the configurations that took part come back with it."""
-    chosen = list(configurations)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Drawn once a second: the picture shares the cores with what is measured.
-    with Progress(*columns, console=console, refresh_per_second=1) as progress:
-        bar = progress.add_task("trying bf16" if try_bf16 else "starting", total=None)
-        benchmark = Benchmark(
-            task,
-            lambda line: console.print(line, markup=False, highlight=False, style="dim"),
-            lambda configuration: progress.update(bar, advance=1, description=configuration.key),
-        )
-        if try_bf16:
-            for bf16, fp32 in ((HF_BF16, HF), (HF_ASSISTED_BF16, HF_ASSISTED)):
-                if await benchmark.is_clearly_faster(bf16, fp32):
-                    chosen.append(bf16)
-        progress.update(bar, total=task.rounds * len(chosen) * len(task.prompts))
+async def measure_target(
+    task: Task, lineup: Lineup, inflated: str, streams: Sequence[int], progress: Progress, work: Path
+) -> Target:
+    """Everything that the page shows of one large model. work: for converted models."""
+    name = Path(task.models.llm).name
+    bar = progress.add_task(f"{name}: trying settings", total=None)
+
+    def show(line: str) -> None:
+        progress.console.print(line, markup=False, highlight=False, style="dim")
+
+    async with Servers(task.models, lineup.peers, work, max([1, *streams]), show) as servers:
+        benchmark = Benchmark(task, servers, lambda key: progress.update(bar, advance=1, description=f"{name}: {key}"))
+        chosen = await lineup.choose(benchmark, inflated=bool(inflated))
+        crowd = [configuration for configuration in chosen if lineup.takes_many(configuration)] if streams else []
+        total = task.rounds * (len(chosen) * len(task.prompts) + len(crowd) * len(streams))
+        progress.update(bar, total=total, completed=0)
         await benchmark.run_rounds(chosen)
-        progress.update(bar, description="step times")
-        await benchmark.measure_steps()
-    return chosen, benchmark.measured
+        await benchmark.run_load(crowd, streams)
+        progress.update(bar, description=f"{name}: step times")
+        await benchmark.measure_steps([c for c in chosen if lineup.has_step_times(c)])
+    return Target(name, inflated, tuple(chosen), benchmark.measured)
 
 
-def write_results(
-    out: Path, configurations: Sequence[Configuration], measured: Measurements, conditions: Conditions
-) -> None:
+async def run(
+    task: Task, lineup: Lineup, parameters: int, streams: Sequence[int], console: Console
+) -> tuple[list[Target], list[GatewayLoad]]:
+    """The targets: the LLM, and where parameters > 0 the LLM inflated to as many; then the gateway alone."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    targets = []
+    # Drawn once a second: the picture shares the cores with what is measured.
+    with (
+        Progress(*columns, console=console, refresh_per_second=1) as progress,
+        tempfile.TemporaryDirectory(prefix="specserve-models-") as name,
+    ):
+        work = Path(name)
+        targets.append(await measure_target(task, lineup, "", streams, progress, work))
+        if parameters:
+            source = resolve_model(task.models.llm)
+            large = work / f"{source.name}-inflated"
+            shape = inflate(source, large, parameters)
+            models = dataclasses.replace(task.models, llm=str(large), ssms=task.models.ssms[:1])
+            inflated = (
+                f"Inflated: the text of {source.name} at the cost of a larger model, {shape.copies} times as wide and "
+                f"with {shape.layers} layers (benchmarks/inflate.py). It shows speed and nothing else."
+            )
+            targets.append(
+                await measure_target(
+                    dataclasses.replace(task, models=models), lineup, inflated, streams, progress, work
+                )
+            )
+        bar = progress.add_task("the gateway alone", total=None)
+        gateway = await measure_all(task.models.llm, OPEN_STREAMS) if streams else []
+        progress.update(bar, total=1, completed=1)
+    return targets, gateway
+
+
+def write_results(out: Path, targets: Sequence[Target], gateway: Sequence[GatewayLoad], conditions: Conditions) -> None:
     """The page, the raw numbers (.json) and the picture (.svg), side by side."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = summarize(configurations, measured.samples)
-    latency = summarize_latency(configurations, measured.latency)
     chart = out.with_suffix(".svg")
-    draw_chart(rows, chart)
-    out.write_text(serving_page(rows, latency, measured.steps, conditions, chart.name), encoding="utf-8")
-    out.with_suffix(".json").write_text(raw_numbers(conditions, rows, measured), encoding="utf-8")
+    draw_chart({target.name: target.rows for target in targets}, chart)
+    out.write_text(serving_page(targets, gateway, conditions, chart.name), encoding="utf-8")
+    out.with_suffix(".json").write_text(raw_numbers(conditions, targets, gateway), encoding="utf-8")
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -102,48 +130,68 @@ def main(
     llm: Annotated[str, typer.Option(help="Large model: a folder or a hub id.")] = DEFAULTS.llm,
     ssm: Annotated[
         list[str] | None,
-        typer.Option(help="Small model that drafts; repeatable. Hugging Face gets the first. [default: models/...]"),
+        typer.Option(help="Small model that drafts; repeatable. Peers get the first. [default: models/...]"),
     ] = None,
+    inflate_to: Annotated[
+        int, typer.Option(min=0, help="Measure also the LLM inflated to about as many parameters; 0: do not.")
+    ] = MEMORY_BOUND_PARAMETERS,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Leave out other engines: {', '.join(ENGINES)}; repeatable. Two rows of ours always run."),
+    ] = None,
+    peers: Annotated[Path, typer.Option(help="Where `make bench-peers` installed llama.cpp and vLLM.")] = PEERS,
     prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = MIXED_PROMPTS,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 128,
+    every: Annotated[int, typer.Option(min=1, help="Take every n-th prompt.")] = 2,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every configuration answers all prompts.")] = 3,
+    streams: Annotated[
+        list[int] | None, typer.Option(min=0, help="Streams at once; repeatable; 0: none. [default: 8 32]")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few prompts, one round: shows that everything runs.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where all models run: cpu, cuda, ...")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of the large model; 0: all cores.")] = 0,
     sequence_length: Annotated[int, typer.Option(min=1, help="Length of the chains of sequence speculation.")] = 4,
     static_width: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Children of a node at each depth of the static tree; repeatable. [default: 2 2 1 1]"),
+        typer.Option(min=1, help="Children of a node at each depth of the static tree; repeatable. [default: 2 1 1 1]"),
     ] = None,
-    bf16: Annotated[bool, typer.Option(help="Add Hugging Face in bf16 where a trial finds it faster.")] = True,
+    trials: Annotated[
+        bool, typer.Option(help="Try settings of the peers first; without, each has its first setting.")
+    ] = True,
     out: Annotated[
         Path | None,
         typer.Option(help="The page; .json and .svg go beside it. [default: benchmarks/results/serving-DEVICE.md]"),
     ] = None,
 ) -> None:
-    """Measures the serving speed of a pair of models and writes a table.
+    """Measures the serving speed of a pair of models, side by side with the peers that are installed.
 
-    Each round starts every configuration afresh: plain decoding, sequence speculation and tree speculation of the whole
-    stack through the gateway, then Hugging Face's generate and assisted generate. Leave the machine alone meanwhile.
+    For each target (the LLM, and the LLM inflated until a step is bound by memory) the peers' settings are tried, then
+    all configurations answer the same prompts in rounds, alone and with several streams at once; step times and the
+    gateway's share come last. Leave the machine alone meanwhile: llama.cpp above all loses its speed beside other work.
     """
     console = Console(stderr=True)
-    tree = static_tree(static_width or [2, 1, 1, 1])
-    ours = [PLAIN, sequence_speculation(sequence_length), tree, BEST_FIRST, LOOKUP]
+    if quick:
+        every, new_tokens, rounds = QUICK_EVERY, QUICK_TOKENS, QUICK_ROUNDS
+    chosen = [count for count in (streams or STREAMS) if count]
+    found = find_peers(peers)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    machine = describe_machine(threads)
+    machine = describe_machine(threads) | {"peers": ", ".join(found.versions.values()) or "none installed"}
     try:
-        task = Task(llm, tuple(ssm or embedded_ssms(llm)), read_prompts(prompts), new_tokens, rounds, device, threads)
-        for model in (task.llm, *task.ssms):
+        lineup = Lineup(found, tuple(only or ENGINES), sequence_length, tuple(static_width or (2, 1, 1, 1)), trials)
+        models = Models(llm, tuple(ssm or embedded_ssms(llm)), device, threads)
+        task = Task(models, read_prompts(prompts)[::every], new_tokens, rounds)
+        for model in (models.llm, *models.ssms):
             resolve_model(model)
-        merged = merged_trees(len(task.ssms)) if len(task.ssms) > 1 else []
-        configurations = [*ours, *merged, HF, HF_ASSISTED]
-        chosen, measured = asyncio.run(run(task, configurations, bf16, console))
+        targets, gateway = asyncio.run(run(task, lineup, inflate_to, chosen, console))
     except (*USAGE_ERRORS, *RUN_ERRORS) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, USAGE_ERRORS) else 1) from None
     command = shown_command("benchmarks.serving", sys.argv[1:])
     page = out or RESULTS / f"serving-{device.partition(':')[0]}.md"
-    conditions = Conditions(command, date, device, machine, len(task.prompts), rounds, new_tokens)
-    write_results(page, chosen, measured, conditions)
+    conditions = Conditions(command, date, device, machine, len(task.prompts), rounds, new_tokens, lineup.absent)
+    write_results(page, targets, gateway, conditions)
     console.print(f"wrote {page}")
 
 

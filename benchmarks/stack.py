@@ -56,7 +56,7 @@ async def running_stack(
     }
     with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:
         plan = Planner(up, None, Path(folder), environ).plan()
-        async with _running(plan.services, environ, Path(folder), on_line):
+        async with running_services(plan.services, Path(folder), on_line, environ):
             yield Stack(plan.url, f"{LOOPBACK}:{port}")
 
 
@@ -75,7 +75,7 @@ async def running_service(
     command = (sys.executable, "-m", f"services.{section}", *to_flags(decided | dict(settings)))
     service = Service(section, command, grpc_probe(address))
     with tempfile.TemporaryDirectory(prefix="specserve-", ignore_cleanup_errors=True) as folder:
-        async with _running([service], _clean_environment(), Path(folder), on_line):
+        async with running_services([service], Path(folder), on_line):
             yield address
 
 
@@ -93,12 +93,18 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def _running(
-    services: Sequence[Service], environ: dict[str, str], folder: Path, on_line: Callable[[str], None]
+async def running_services(
+    services: Sequence[Service], folder: Path, on_line: Callable[[str], None], environ: Mapping[str, str] | None = None
 ) -> AsyncIterator[None]:
+    """These services, ready to be asked. folder: the run's own. environ: ours without settings of the services.
+
+    Raises:
+        ServiceFailed: one did not become ready.
+    """
     limits = Limits(stop_timeout_s=DRAIN_S * 2)
+    inherited = _clean_environment() if environ is None else environ
     async with Watchdog(folder) as keeper:
-        supervisor = Supervisor(services, child_environment(environ), keeper, limits, _Lines(on_line))
+        supervisor = Supervisor(services, child_environment(inherited), keeper, limits, _Lines(on_line))
         try:
             await supervisor.start()
             yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.configurations import HF, PLAIN, Configuration
+from benchmarks.configurations import HF, LOOKUP, PLAIN, Configuration
 from benchmarks.samples import LatencyPair, Sample
 
 
@@ -30,8 +30,10 @@ class Row:
     """One configuration.
 
     tokens_per_step: all tokens over all LLM steps. ms_per_token: over prompts, each the median of its rounds.
-    over_plain, over_hf: speed-ups, ratios of the same prompt in the same round. first_token_ms: median.
+    over_plain, over_hf: speed-ups, ratios of the same prompt in the same round; behind_ours: our default's speed-up
+    over this row. first_token_ms: median.
     same_as_hf, same_as_plain: prompts whose text and token count were the same in every round, of `prompts`.
+    What compares with Hugging Face is None where it took no part.
     """
 
     configuration: Configuration
@@ -39,9 +41,10 @@ class Row:
     tokens_per_step: float
     ms_per_token: Quartiles
     over_plain: Quartiles
-    over_hf: Quartiles
+    over_hf: Quartiles | None
+    behind_ours: Quartiles
     first_token_ms: float
-    same_as_hf: int
+    same_as_hf: int | None
     same_as_plain: int
 
 
@@ -56,10 +59,13 @@ class LatencyRow:
 
 
 def summarize(configurations: Sequence[Configuration], samples: Sequence[Sample]) -> list[Row]:
-    """A row for each configuration; the speed-up over Hugging Face is that over the fastest plain `generate`."""
+    """A row for each configuration; the speed-up over Hugging Face is that over the fastest plain `generate`.
+
+    PLAIN and LOOKUP, our default, are among the configurations.
+    """
     by_key = {c.key: [s for s in samples if s.configuration == c.key] for c in configurations}
     plain_hf = [c.key for c in configurations if c.engine == "transformers" and not c.drafts]
-    fastest_hf = min(plain_hf, key=lambda key: _ms_per_token(by_key[key]).median)
+    fastest_hf = min(plain_hf, key=lambda key: _ms_per_token(by_key[key]).median, default=None)
     return [
         Row(
             configuration=configuration,
@@ -67,9 +73,10 @@ def summarize(configurations: Sequence[Configuration], samples: Sequence[Sample]
             tokens_per_step=sum(s.answer.tokens for s in own) / sum(s.answer.llm_steps for s in own),
             ms_per_token=_ms_per_token(own),
             over_plain=_speed_up(own, by_key[PLAIN.key]),
-            over_hf=_speed_up(own, by_key[fastest_hf]),
+            over_hf=None if fastest_hf is None else _speed_up(own, by_key[fastest_hf]),
+            behind_ours=_speed_up(by_key[LOOKUP.key], own),
             first_token_ms=float(np.median([1000 * s.answer.first_token_s for s in own])),
-            same_as_hf=_same(own, by_key[HF.key]),
+            same_as_hf=_same(own, by_key[HF.key]) if HF.key in by_key else None,
             same_as_plain=_same(own, by_key[PLAIN.key]),
         )
         for configuration in configurations

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from benchmarks.client import RequestFailed, VerifierClient
 from benchmarks.configurations import MIXED_PROMPTS, NO_LOOKUP, static_drafts
 from benchmarks.machine import describe_machine
-from benchmarks.report import markdown_table, shown_command
+from benchmarks.markdown import markdown_table, shown_command
 from benchmarks.samples import Answer
 from benchmarks.stack import running_service
 from services.common.grpc_setup import channel

@@ -26,7 +26,7 @@ from benchmarks.acceptance.results import Conditions, Results, raw_numbers
 from benchmarks.acceptance.success import success_rows
 from benchmarks.acceptance.tasks import Continue, Covered, Describe, Task, Walked, Workers, plan
 from benchmarks.machine import describe_machine
-from benchmarks.report import shown_command
+from benchmarks.markdown import shown_command
 from services.common.lifecycle import StartupError
 from services.common.model_facts import ModelFacts, ModelMismatch
 from services.common.model_files import ModelFilesError, resolve_model

@@ -12,7 +12,7 @@ from benchmarks.acceptance.lines import BOOSTED, MODE_TITLES, MODES, WIDTHS, tre
 from benchmarks.acceptance.results import Conditions, Results
 from benchmarks.acceptance.success import SuccessRow
 from benchmarks.acceptance.tasks import WalkKey
-from benchmarks.report import markdown_table
+from benchmarks.markdown import markdown_table
 from speculation.acceptance import AcceptanceRule
 
 

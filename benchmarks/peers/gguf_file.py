@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-Precision = Literal["float32", "bfloat16", "float16"]
+from benchmarks.configurations import Precision
+
 FILE_TYPES = {
     "float32": gguf.LlamaFileType.ALL_F32,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.client import GatewayClient, RequestFailed
+from benchmarks.client import CompletionClient, RequestFailed
 
 Serve = Callable[[int, bytes], str]
 
@@ -56,11 +56,27 @@ def serve() -> Iterator[Serve]:
 
 def test_a_stream_becomes_an_answer(serve: Serve) -> None:
     url = serve(200, event("one ") + event("two") + USAGE + DONE)
-    client = GatewayClient.connect(url)
+    client = CompletionClient.connect(url)
     assert client.model == "tiny"
     answer = client.complete("a prompt", 5)
     assert (answer.text, answer.tokens, answer.events, answer.llm_steps) == ("one two", 5, 2, 2)
     assert 0 < answer.first_token_s < answer.total_s
+
+
+@pytest.mark.parametrize(
+    ("last", "steps"),
+    [
+        # llama.cpp tells its drafts, and nothing of them without a drafting model; vLLM sends an event for every step.
+        ({"timings": {"predicted_n": 5, "draft_n": 4, "draft_n_accepted": 3}}, 2),
+        ({"timings": {"predicted_n": 5}}, 5),
+        ({}, 3),
+    ],
+)
+def test_the_steps_of_peers_come_from_what_they_tell(serve: Serve, last: dict[str, object], steps: int) -> None:
+    end = b"data: " + json.dumps({"choices": [], "usage": {"completion_tokens": 5}} | last).encode() + b"\n\n"
+    stream = CompletionClient(serve(200, event("one ") + event("") + event("two") + end + DONE), "m").stream([5, 6], 5)
+    assert stream.answer().llm_steps == steps
+    assert stream.token_times == [stream.times[0], stream.times[2]]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +90,9 @@ def test_a_stream_becomes_an_answer(serve: Serve) -> None:
 )
 def test_a_refused_or_broken_stream_is_an_error(serve: Serve, status: int, body: bytes, message: str) -> None:
     with pytest.raises(RequestFailed, match=message):
-        GatewayClient(serve(status, body), "m").complete("a prompt", 5)
+        CompletionClient(serve(status, body), "m").complete("a prompt", 5)
 
 
 def test_an_address_where_nobody_listens_is_an_error(free_port: Callable[[], int]) -> None:
     with pytest.raises(RequestFailed, match="ConnectionRefusedError"):
-        GatewayClient.connect(f"http://127.0.0.1:{free_port()}")
+        CompletionClient.connect(f"http://127.0.0.1:{free_port()}")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.peers.gguf_file import CannotConvert, Precision, interleave, write_gguf
+from benchmarks.configurations import Precision
+from benchmarks.peers.gguf_file import CannotConvert, interleave, write_gguf
 from tests.tiny_models import VOCAB, write_model
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from benchmarks.configurations import BEST_FIRST, HF, HF_BF16, PLAIN, Configuration
+from benchmarks.configurations import BEST_FIRST, HF, HF_BF16, LOOKUP, PLAIN, Configuration
 from benchmarks.samples import Answer, LatencyPair, Sample
 from benchmarks.summary import Quartiles, Row, summarize, summarize_latency
 
@@ -17,7 +19,9 @@ def sample(
 
 
 def rows_of(samples: list[Sample], *configurations: Configuration) -> dict[str, Row]:
-    return {row.configuration.key: row for row in summarize(configurations, samples)}
+    """The rows, beside a default of ours that is as fast as plain decoding."""
+    default = [dataclasses.replace(s, configuration=LOOKUP.key) for s in samples if s.configuration == PLAIN.key]
+    return {row.configuration.key: row for row in summarize([*configurations, LOOKUP], samples + default)}
 
 
 def test_speed_ups_pair_the_same_prompt_in_the_same_round() -> None:
@@ -30,8 +34,10 @@ def test_speed_ups_pair_the_same_prompt_in_the_same_round() -> None:
     ]
     row = rows_of(samples, PLAIN, BEST_FIRST, HF)["tree"]
     assert [row.over_plain.low, row.over_plain.high] == pytest.approx([3, 3])
+    assert row.over_hf is not None
     assert [row.over_hf.low, row.over_hf.high] == pytest.approx([4, 4])
     # Per prompt the median of 2 and 20 times its factor, then quartiles over factors 1, 2, 3.
+    assert row.behind_ours.median == pytest.approx(1 / 3)
     assert row.ms_per_token.median == pytest.approx(22)
     assert row.ms_per_token.low == pytest.approx(16.5)
 
@@ -39,8 +45,15 @@ def test_speed_ups_pair_the_same_prompt_in_the_same_round() -> None:
 def test_the_base_is_the_fastest_plain_generate() -> None:
     samples = [sample(c, 0, 0, ms) for c, ms in ((PLAIN, 5.0), (HF, 8.0), (HF_BF16, 4.0))]
     rows = rows_of(samples, PLAIN, HF, HF_BF16)
-    assert rows["hf"].over_hf.median == pytest.approx(0.5)
-    assert rows["hf-bf16"].over_hf.median == pytest.approx(1)
+    bases = [rows[key].over_hf for key in ("hf", "hf-bf16")]
+    assert [base.median for base in bases if base is not None] == pytest.approx([0.5, 1])
+
+
+def test_without_hugging_face_nothing_is_compared_with_it() -> None:
+    row = rows_of([sample(PLAIN, 0, 0, 5.0)], PLAIN)["plain"]
+    assert row.over_hf is None
+    assert row.same_as_hf is None
+    assert row.same_as_plain == 1
 
 
 def test_tokens_per_step_weighs_prompts_by_their_steps() -> None:
