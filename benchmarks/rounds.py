@@ -57,13 +57,17 @@ class Measurements:
 
 
 class Benchmark:
-    """Runs the configurations of a task one at a time. tick: is told the key of each that answered."""
+    """Runs the configurations of a task one at a time.
 
-    def __init__(self, task: Task, servers: Servers, tick: Callable[[str], None]) -> None:
+    tick: is told the key of each that answered. tell: gets a line for each setting that was tried.
+    """
+
+    def __init__(self, task: Task, servers: Servers, tick: Callable[[str], None], tell: Callable[[str], None]) -> None:
         self.task = task
         self.measured = Measurements()
         self._servers = servers
         self._tick = tick
+        self._tell = tell
         tokenizer = GatewayTokenizer.from_folder(Path(resolve_model(task.models.llm)))
         # Token ids, so that no server's own tokenizer makes a difference.
         self._ids: list[Prompt] = [tokenizer.encode(prompt) for prompt in task.prompts]
@@ -80,6 +84,7 @@ class Benchmark:
             answers = [s.answer async for s in self._answers(candidate, 0, TRIAL_PROMPTS, tokens)]
             trials.append(Trial(candidate.title, median(answer.ms_per_token for answer in answers)))
             self._tick(candidate.key)
+            self._tell(f"{candidate.title}: {trials[-1].ms_per_token:.2f} ms per token")
         self.measured.trials += trials
         return min(zip(candidates, trials, strict=True), key=lambda pair: pair[1].ms_per_token)[0]
 

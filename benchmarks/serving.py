@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,9 @@ async def measure_target(
         progress.console.print(line, markup=False, highlight=False, style="dim")
 
     async with Servers(task.models, lineup.peers, work, max([1, *streams]), show) as servers:
-        benchmark = Benchmark(task, servers, lambda key: progress.update(bar, advance=1, description=f"{name}: {key}"))
+        benchmark = Benchmark(
+            task, servers, lambda key: progress.update(bar, advance=1, description=f"{name}: {key}"), show
+        )
         chosen = await lineup.choose(benchmark, inflated=bool(inflated))
         crowd = [configuration for configuration in chosen if lineup.takes_many(configuration)] if streams else []
         total = task.rounds * (len(chosen) * len(task.prompts) + len(crowd) * len(streams))
@@ -81,36 +84,48 @@ async def measure_target(
 
 
 async def run(
-    task: Task, lineup: Lineup, parameters: int, streams: Sequence[int], console: Console
+    task: Task, lineup: Lineup, parameters: int, streams: Sequence[int], work: Path, console: Console
 ) -> tuple[list[Target], list[GatewayLoad]]:
     """The targets: the LLM, and where parameters > 0 the LLM inflated to as many; then the gateway alone."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     targets = []
     # Drawn once a second: the picture shares the cores with what is measured.
-    with (
-        Progress(*columns, console=console, refresh_per_second=1) as progress,
-        tempfile.TemporaryDirectory(prefix="specserve-models-") as name,
-    ):
-        work = Path(name)
+    with Progress(*columns, console=console, refresh_per_second=1) as progress:
         targets.append(await measure_target(task, lineup, "", streams, progress, work))
         if parameters:
-            source = resolve_model(task.models.llm)
-            large = work / f"{source.name}-inflated"
-            shape = inflate(source, large, parameters)
-            models = dataclasses.replace(task.models, llm=str(large), ssms=task.models.ssms[:1])
-            inflated = (
-                f"Inflated: the text of {source.name} at the cost of a larger model, {shape.copies} times as wide and "
-                f"with {shape.layers} layers (benchmarks/inflate.py). It shows speed and nothing else."
-            )
-            targets.append(
-                await measure_target(
-                    dataclasses.replace(task, models=models), lineup, inflated, streams, progress, work
-                )
-            )
+            large, inflated = inflated_task(task, parameters, work)
+            targets.append(await measure_target(large, lineup, inflated, streams, progress, work))
         bar = progress.add_task("the gateway alone", total=None)
         gateway = await measure_all(task.models.llm, OPEN_STREAMS) if streams else []
         progress.update(bar, total=1, completed=1)
     return targets, gateway
+
+
+def inflated_task(task: Task, parameters: int, work: Path) -> tuple[Task, str]:
+    """The task with the LLM inflated, and what the page says of that."""
+    source = resolve_model(task.models.llm)
+    large = work / f"{source.name}-inflated"
+    shape = inflate(source, large, parameters)
+    models = dataclasses.replace(task.models, llm=str(large), ssms=task.models.ssms[:1])
+    return dataclasses.replace(task, models=models), (
+        f"Inflated: the text of {source.name} at the cost of a larger model, {shape.copies} times as wide and with "
+        f"{shape.layers} layers (benchmarks/inflate.py). It shows speed and nothing else."
+    )
+
+
+@contextmanager
+def model_folder(home: Path) -> Iterator[Path]:
+    """An empty folder for converted models, removed afterwards.
+
+    Its name is always the same: vLLM keeps compiled code by the path of a model.
+    """
+    folder = home / "models"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_results(out: Path, targets: Sequence[Target], gateway: Sequence[GatewayLoad], conditions: Conditions) -> None:
@@ -139,11 +154,14 @@ def main(
         list[str] | None,
         typer.Option(help=f"Leave out other engines: {', '.join(ENGINES)}; repeatable. Two rows of ours always run."),
     ] = None,
-    peers: Annotated[Path, typer.Option(help="Where `make bench-peers` installed llama.cpp and vLLM.")] = PEERS,
+    peers: Annotated[
+        Path,
+        typer.Option(help="Where `make bench-peers` installed llama.cpp and vLLM; models are converted there too."),
+    ] = PEERS,
     prompts: Annotated[Path, typer.Option(help='JSON Lines of {"prompt": ...}.')] = MIXED_PROMPTS,
-    every: Annotated[int, typer.Option(min=1, help="Take every n-th prompt.")] = 2,
+    every: Annotated[int, typer.Option(min=1, help="Take every n-th prompt.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that every configuration answers all prompts.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every configuration answers all prompts.")] = 2,
     streams: Annotated[
         list[int] | None, typer.Option(min=0, help="Streams at once; repeatable; 0: none. [default: 8 32]")
     ] = None,
@@ -184,7 +202,8 @@ def main(
         task = Task(models, read_prompts(prompts)[::every], new_tokens, rounds)
         for model in (models.llm, *models.ssms):
             resolve_model(model)
-        targets, gateway = asyncio.run(run(task, lineup, inflate_to, chosen, console))
+        with model_folder(peers.resolve()) as work:
+            targets, gateway = asyncio.run(run(task, lineup, inflate_to, chosen, work, console))
     except (*USAGE_ERRORS, *RUN_ERRORS) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, USAGE_ERRORS) else 1) from None

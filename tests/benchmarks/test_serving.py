@@ -38,23 +38,33 @@ def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_speed_table(pair: tuple[Path, Path], prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.md"
     llm, ssm = pair
-    flags = ("--new-tokens", 16, "--rounds", 1, "--threads", 1, "--no-bf16")
-    done = run("benchmarks.serving", "--llm", llm, "--ssm", ssm, "--prompts", prompts, *flags, "--out", out)
+    flags = ("--new-tokens", 16, "--rounds", 1, "--every", 1, "--threads", 1, "--no-trials", "--streams", 2)
+    models = ("--llm", llm, "--ssm", ssm, "--inflate-to", 300_000, "--peers", tmp_path / "nothing")
+    done = run("benchmarks.serving", *models, "--prompts", prompts, *flags, "--out", out)
     assert done.returncode == 0, done.stderr
     raw = json.loads(out.with_suffix(".json").read_text())
-    rows = {row["configuration"]["key"]: row for row in raw["rows"]}
+    large = f"{llm.name}-inflated"
+    assert {row["target"] for row in raw["rows"]} == {llm.name, large}
+    assert [row["configuration"]["key"] for row in raw["rows"] if row["target"] == large] == [
+        *("plain", "tree", "lookup", "hf", "hf-assisted")
+    ]
+    assert all(row["same_as_hf"] == 2 for row in raw["rows"])
+    rows = {row["configuration"]["key"]: row for row in raw["rows"] if row["target"] == llm.name}
     assert list(rows) == ["plain", "sequence", "static-tree", "tree", "lookup", "hf", "hf-assisted"]
     assert all(row["same_as_hf"] == row["same_as_plain"] == row["prompts"] == 2 for row in rows.values())
     assert rows["plain"]["tokens_per_step"] == rows["hf"]["tokens_per_step"] == 1
     assert min(rows[key]["tokens_per_step"] for key in ("sequence", "static-tree", "tree", "hf-assisted")) > 1.5
-    assert [step["model"] for step in raw["steps"]] == [llm.name, ssm.name]
-    pairs = raw["latency"]
+    assert [step["model"] for step in raw["steps"]] == [llm.name, ssm.name, large, ssm.name]
+    assert {(load["configuration"], load["streams"]) for load in raw["load"]} == {("plain", 2), ("lookup", 2)}
+    assert [(load["streams"], load["failed"]) for load in raw["gateway"]] == [(1, 0), (500, 0)]
+    assert raw["conditions"][0]["absent"].keys() == {"llama.cpp", "vLLM"}
+    pairs = [pair for pair in raw["latency"] if pair["target"] == llm.name]
     assert [pair["configuration"] for pair in pairs] == ["plain", "plain", "tree", "tree"]
     assert all(answer["text"] is None for pair in pairs for answer in (pair["gateway"], pair["direct"]))
-    assert len(raw["texts"]) == 2
-    assert len(raw["samples"]) == 2 * len(rows)
+    assert len(raw["texts"]) == 4
+    assert len(raw["samples"]) == 2 * len(raw["rows"])
     page = out.read_text()
-    assert sum(line.endswith("| 2 of 2 | 2 of 2 |") for line in page.splitlines()) == len(rows)
+    assert sum(line.endswith("| 2 of 2 | 2 of 2 |") for line in page.splitlines()) == len(raw["rows"])
     assert str(tmp_path) not in page
     assert out.with_suffix(".svg").exists()
 
