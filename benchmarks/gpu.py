@@ -22,7 +22,7 @@ import torch
 import typer
 
 from benchmarks.dense_attention import BLOCK_SIZE, Tree, ancestor_masks, flex, sdpa
-from benchmarks.report import markdown_table, shown_command
+from benchmarks.markdown import markdown_table, shown_command
 from kernels.backend import Backend, choose_backend
 from kernels.blocks import AttentionWeights, TreeAttention
 from kernels.decoder_blocks.composed import ComposedAttentionBlock

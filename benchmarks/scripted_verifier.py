@@ -20,9 +20,10 @@ import grpc.aio
 import typer
 
 from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
-from services.common.grpc_setup import aio_server, start_grpc
+from services.common.grpc_setup import Endpoint, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle
 from services.common.model_files import resolve_model, tokenizer_hash
+from services.common.tls import INSECURE
 
 Context = grpc.aio.ServicerContext[verifier_pb2.GenerateRequest, verifier_pb2.GenerateResponse]
 
@@ -61,8 +62,9 @@ async def _serve(verifier: ScriptedVerifier, port: int) -> None:
     lifecycle = Lifecycle()
     server = aio_server(lifecycle)
     verifier_pb2_grpc.add_VerifierServicer_to_server(verifier, server)
-    await start_grpc(server, lifecycle, "127.0.0.1", port, ("specserve.v1.Verifier",))
-    await server.wait_for_termination()
+    endpoint = Endpoint("127.0.0.1", port)
+    async with serving_grpc(server, lifecycle, endpoint, INSECURE, ("specserve.v1.Verifier",)):
+        await server.wait_for_termination()
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
