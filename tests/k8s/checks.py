@@ -80,6 +80,8 @@ def check_settings(pod: Pod, resources: list[Resource], folder: Path) -> Iterato
         except SettingsError as error:
             yield f"{pod.workload}: {error}"
             continue
+        if not pod.leads:
+            continue  # it listens nowhere, and ends with its leader
         yield from _check_ports(pod, container, settings)
         yield from _check_grace(pod, container, settings)
 
@@ -128,8 +130,9 @@ def _check_ports(pod: Pod, container: Mapping[str, Any], settings: ServiceSettin
     wanted = {edge: settings.port, "metrics": settings.metrics_port}
     if not isinstance(settings, GatewaySettings):
         wanted["health"] = settings.health_port
-    if wanted != pod.ports():
-        yield f"{pod.workload}: the service listens on {wanted}, the manifest says {pod.ports()}"
+    declared = {name: port for name, port in pod.ports().items() if name != "rendezvous"}
+    if wanted != declared:
+        yield f"{pod.workload}: the service listens on {wanted}, the manifest says {declared}"
     for address in (settings.host, settings.metrics_host):
         if address != "0.0.0.0":
             yield f"{pod.workload}: listens on {address}, where nobody reaches it"
@@ -155,6 +158,8 @@ def probes(container: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
 
 def check_addresses(pod: Pod, resources: list[Resource]) -> Iterator[str]:
     """NAME:PORT of another service is a Service with that port, whose network policies let this pod through."""
+    if not pod.leads:
+        return  # it talks to its group alone
     services = {item["metadata"]["name"]: item for item in resources if item["kind"] == "Service"}
     for container in pod.containers():
         for name, value in environment(pod, container, resources, SECRETS).items():

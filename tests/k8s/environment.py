@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.k8s.rendering import Pod, Resource, named
 
+LEADER_ADDRESS = "verifier-0.verifier.specserve"
 REFERENCE = re.compile(r"\$\(([A-Za-z_]\w*)\)")
 
 
@@ -20,13 +21,21 @@ def environment(
     secrets: values by `name/key`; an optional one that is missing leaves its variable unset.
     Raises AssertionError when a source names what is not there.
     """
-    values: dict[str, str] = {}
+    values: dict[str, str] = group_variables(pod)
     for variable in container.get("env", ()):
         assert variable["name"] not in values, f"{pod.workload} gives {variable['name']} twice"
         value = _value(variable, pod, resources, secrets)
         if value is not None:
             values[variable["name"]] = value
     return values
+
+
+def group_variables(pod: Pod) -> dict[str, str]:
+    """What the LeaderWorkerSet controller tells the pods of a group of two."""
+    if pod.kind != "LeaderWorkerSet":
+        return {}
+    index = "0" if pod.leads else "1"
+    return {"LWS_LEADER_ADDRESS": LEADER_ADDRESS, "LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": index}
 
 
 def command(container: Mapping[str, Any], values: Mapping[str, str]) -> list[str]:

@@ -12,6 +12,9 @@ What only a cluster has is replaced, and nothing else:
 | `/app`, the working folder of an image | the repository |
 | the path of a secret | a folder with the files that the test gives |
 | the model hub | a server on loopback that has the embedded models under the ids that the overlay names |
+| LWS_LEADER_ADDRESS and its port | loopback, and a free port |
+| the 8 GPUs of a node | one rank for each pod: `--nproc-per-node=1`, and SPECSERVE_VERIFIER_TENSOR_PARALLEL=1 |
+| the cores of a limit | one thread, by SPECSERVE_*_THREADS |
 | a GPU (`device = "cuda"`) | the CPU, by SPECSERVE_*_DEVICE |
 | a pod's own memory | one percent of this machine's, by SPECSERVE_*_KV_MEMORY |
 """
@@ -34,7 +37,7 @@ import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.k8s.checks import PROGRAMS, mounted_files, probes, service_module
-from tests.k8s.environment import command, environment
+from tests.k8s.environment import LEADER_ADDRESS, command, environment
 from tests.k8s.rendering import REPOSITORY, Pod, Resource, pods, pods_of
 from tests.ports import free_port
 
@@ -48,6 +51,7 @@ class Substitutions:
     def __init__(self, resources: list[Resource], folder: Path) -> None:
         self._resources = resources
         self._folder = folder
+        self._rendezvous = str(free_port())
         self._ports = {(pod.workload, port): free_port() for pod in pods(resources) for port in pod.ports().values()}
 
     def port(self, pod: Pod, port: str | int) -> int:
@@ -59,6 +63,11 @@ class Substitutions:
         addresses = {address: f"127.0.0.1:{port}" for address, port in self._addresses()}
         others = {str(number): str(self.port(pod, number)) for number in pod.ports().values()}
         others |= {mount["mountPath"]: str(self.mount(pod, mount)) for mount in container["volumeMounts"]}
+        others |= {
+            "--nproc-per-node=8": "--nproc-per-node=1",
+            "--master-port=29500": f"--master-port={self._rendezvous}",
+        }
+        addresses |= {LEADER_ADDRESS: "127.0.0.1"}
         others |= {"/app": str(REPOSITORY), "0.0.0.0": "127.0.0.1", "* -::*": "127.0.0.1"}
         pattern = rf"(?<![\w.-])({_any_of(addresses)})(?![\w.-])|(?<![\w.:/-])({_any_of(others)})(?![\w.-])"
         return re.sub(pattern, lambda match: (addresses | others)[match[0]], text)
@@ -137,7 +146,10 @@ class Container:
         section = (service_module(self.spec) or "").removeprefix("services.").upper()
         if section not in ("VERIFIER", "SPECULATOR"):
             return {}
-        return {f"SPECSERVE_{section}_DEVICE": "cpu", f"SPECSERVE_{section}_KV_MEMORY": "0.01"}
+        values = {"DEVICE": "cpu", "KV_MEMORY": "0.01", "THREADS": "1"}
+        if self.pod.kind == "LeaderWorkerSet":
+            values["TENSOR_PARALLEL"] = "1"
+        return {f"SPECSERVE_{section}_{name}": value for name, value in values.items()}
 
     def run(self, timeout_s: float) -> None:
         """To its end, as an init container."""
@@ -154,7 +166,7 @@ class Container:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Started; at the end it gets SIGTERM and must end with code 0 within its grace period."""
+        """Started; after stop() it must end within its grace period, with code 0 unless torchrun reports the signal."""
         with self.log.open("wb") as log:
             process = subprocess.Popen(
                 self.command, env=self._environment, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True
@@ -162,13 +174,15 @@ class Container:
         self._process = process
         try:
             yield
-            process.terminate()
             code = process.wait(self.pod.spec["terminationGracePeriodSeconds"])
-            assert code == 0, f"{self.pod.workload} ended with {code}: {self.tail()}"
+            assert code == 0 or self.command[0] == "torchrun", f"{self.pod.workload} ended with {code}: {self.tail()}"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+    def stop(self) -> None:
+        self._process.terminate()
 
     def port(self, name: str) -> int:
         return self._substitutions.port(self.pod, name)
@@ -243,3 +257,5 @@ def running(resources: list[Resource], folder: Path, given: Given, timeout_s: fl
                 containers[pod.workload] = Container(pod, container, resources, substitutions, given)
                 stack.enter_context(containers[pod.workload].running())
         yield containers
+        for each in containers.values():
+            each.stop()

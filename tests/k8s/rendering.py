@@ -66,6 +66,11 @@ class Pod:
     labels: Mapping[str, str]
     spec: Mapping[str, Any]
 
+    @property
+    def leads(self) -> bool:
+        """False for the pods of a group that only take part in what its leader serves."""
+        return not self.workload.endswith("-worker")
+
     def containers(self) -> Iterator[Mapping[str, Any]]:
         """Init containers first, as they run."""
         yield from self.spec.get("initContainers", ())
