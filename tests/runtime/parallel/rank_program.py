@@ -1,7 +1,7 @@
 """One rank of several groups, one after the other: python -m tests.runtime.parallel.rank_program FILE RANK PORT.
 
-FILE is JSON: a list of cases, {"folder", "tensor", "pipeline", "kernels", "dtype", "out"}. Each rank of a case writes
-what it holds to `out`.RANK, rank 0 also what the scenario gave.
+FILE is JSON: a list of cases, {"folder", "tensor", "pipeline", "device", "kernels", "dtype", "out"}. Each rank of a
+case writes what it holds to `out`.RANK, rank 0 also what the scenario gave.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def main(cases: list[dict[str, Any]], rank: int, port: int) -> None:
         if rank < degrees.ranks:
             place = Place(rank, degrees.ranks, rank, degrees.ranks, "127.0.0.1", port)
             with Group.join(
-                place, PrefixStore(str(index), store), degrees, torch.device("cpu"), TIMEOUT_S, _fail
+                place, PrefixStore(str(index), store), degrees, torch.device(case["device"]), TIMEOUT_S, _fail
             ) as group:
                 torch.save(_play_case(case, group), f"{case['out']}.{rank}")
 
 
 def _play_case(case: dict[str, Any], group: Group) -> dict[str, Any]:
-    options = LoadOptions(device="cpu", dtype=case["dtype"], kernels=case["kernels"])
+    options = LoadOptions(device=case["device"], dtype=case["dtype"], kernels=case["kernels"])
     model = RankModel.load(Path(case["folder"]), options, group)
     # The ranks have different memory, and all take the least.
     cache = model.new_cache(0.5, max_sequences=1, blocks=BLOCKS + group.rank)

@@ -31,7 +31,7 @@ def play(model: StepModel, cache: KVCache) -> dict[str, torch.Tensor]:
     results["tree"], results["following"] = _tree(model, cache)
     results["nothing wanted"] = _nothing_wanted(model, cache)
     results["greedy"] = torch.tensor(_greedy(model, cache, prompt(9)))
-    return results
+    return {name: result.cpu().clone() for name, result in results.items()}
 
 
 def _chains(model: StepModel, cache: KVCache, batches: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _chains(model: StepModel, cache: KVCache, batches: Sequence[Sequence[int]]) 
         for sequence, length in zip(sequences, lengths, strict=True):
             cache.reserve(sequence, length)
             segments.append(Segment.chain(sequence, prompt(length, length), 0))
-        rows.append(model.step(segments, range(sum(lengths)), cache))
+        rows.append(model.step(segments, range(sum(lengths)), cache).clone())
         for sequence in sequences:
             cache.release(sequence)
     return torch.cat(rows)
@@ -56,7 +56,7 @@ def _tree(model: StepModel, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]
     prefix = Segment.chain(sequence, prompt(COMMITTED), 0)
     nodes = Segment.tree(sequence, TREE.token_ids, TREE.depths(), TREE.ancestor_masks(), COMMITTED)
     rows = [*range(COMMITTED, COMMITTED + len(TREE)), 3, 0]
-    logits = model.step([prefix, nodes], rows, cache)
+    logits = model.step([prefix, nodes], rows, cache).clone()  # the next step may overwrite it
     sources = [slot(sequence, COMMITTED + node) for node in ACCEPTED]
     model.compact(cache, sources, [slot(sequence, COMMITTED + depth) for depth in range(1, len(ACCEPTED) + 1)])
     following = Segment.chain(sequence, [11], COMMITTED + 1 + len(ACCEPTED))

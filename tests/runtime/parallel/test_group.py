@@ -20,7 +20,6 @@ from tests.runtime.parallel.scenario import BLOCKS, CHAINS, VOCAB, play
 from tests.tiny_models import write_model
 
 TIMEOUT_S = 240
-RANKS = 4
 # Heads 8 over KV heads 2 and 1: at four ranks KV heads are held twice or by all. Three layers make unequal stages.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-mha-tied": {},
@@ -46,38 +45,43 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_model(folder / name, name, **(shape | options)) for name, options in MODELS.items()}
 
 
-@pytest.fixture(scope="module")
-def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
+def run_cases(cases: list[Case], folders: dict[str, Path], out: Path, device: str) -> dict[Any, list[dict[str, Any]]]:
     """What each rank of each case has written; the same processes play all cases."""
-    out = tmp_path_factory.mktemp("ranks")
-    cases = [
+    described = [
         {
             "folder": str(folders[name]),
             "tensor": tensor,
             "pipeline": pipeline,
+            "device": device,
             "kernels": kernels,
             "dtype": dtype,
             "out": f"{out}/{index}",
         }
-        for index, (name, (tensor, pipeline), kernels, dtype) in enumerate(CASES)
+        for index, (name, (tensor, pipeline), kernels, dtype) in enumerate(cases)
     ]
-    (out / "cases.json").write_text(json.dumps(cases))
+    (out / "cases.json").write_text(json.dumps(described))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = [sys.executable, "-m", "tests.runtime.parallel.rank_program", str(out / "cases.json")]
+    most = max(Degrees(*degrees).ranks for _, degrees, _, _ in cases)
     processes = [
         subprocess.Popen([*command, str(rank), str(store.port)], stderr=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
+        for rank in range(most)
     ]
     try:
         errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(errors)
+    assert [process.returncode for process in processes] == [0] * most, "\n".join(errors)
     return {
-        case: [torch.load(f"{out}/{i}.{rank}") for rank in range(Degrees(*case[1]).ranks)]
-        for i, case in enumerate(CASES)
+        case: [torch.load(f"{out}/{index}.{rank}") for rank in range(Degrees(*case[1]).ranks)]
+        for index, case in enumerate(cases)
     }
+
+
+@pytest.fixture(scope="module")
+def ranks(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[dict[str, Any]]]:
+    return run_cases(CASES, folders, tmp_path_factory.mktemp("ranks"), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +127,13 @@ def test_the_cache_of_a_rank_holds_its_layers_and_kv_heads(case: Any, ranks: Any
         assert rank["cache"] == cache.data.nbytes * share / min(tensor, model.config.kv_heads)
         assert rank["layers"] == ranks[case][index - index % tensor]["layers"], "a stage's ranks share its layers"
     assert sorted(layer for rank in ranks[case][::tensor] for layer in rank["layers"]) == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_a_group_of_one_on_a_device(folders: dict[str, Path], tmp_path: Path) -> None:
+    case: Case = ("llama-gqa", (1, 1), "auto", "bfloat16")
+    (rank,) = run_cases([case], folders, tmp_path, "cuda")[case]
+    model = Transformer.load(folders["llama-gqa"], LoadOptions(device="cuda", dtype="bfloat16"))
+    expected = play(model, KVCache(model.config, BLOCKS, model.device, model.activation_dtype))
+    for part in ("together", "tree", "following"):
+        torch.testing.assert_close(rank["played"][part], expected[part], rtol=5e-2, atol=5e-2)

@@ -14,10 +14,14 @@ from typing import Any
 
 import grpc
 import pytest
+from tokenizers import Tokenizer
 
+from benchmarks.configurations import MIXED_PROMPTS
 from protos.verifier_pb2_grpc import VerifierStub
 from services.common.grpc_setup import channel
+from services.common.prompt_files import read_prompts
 from services.common.tls import INSECURE
+from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSMS
 from tests.ports import free_port
 from tests.services.harness import Services, request, status_of
 from tests.services.verifier.rank_processes import RankedVerifier, ranked_verifier, wait_until
@@ -54,6 +58,18 @@ def test_sixteen_requests_at_once_with_drafts(
         verifier.process.send_signal(signal.SIGTERM)
         assert verifier.process.wait(END_S) == 0, verifier.log
         assert not verifier.pids(), "every rank ends with rank 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_the_embedded_model(tensor: int, pipeline: int, tmp_path: Path, running: Services) -> None:
+    llm = Path(EMBEDDED_LLM)
+    flags = (f"--tensor-parallel={tensor}", f"--pipeline-parallel={pipeline}")
+    speculator = running.speculator(Path(EMBEDDED_SSMS[0]))
+    with ranked_verifier(llm, tmp_path, *flags, f"--speculator={speculator}") as verifier:
+        tokenizer = Tokenizer.from_file(str(llm / "tokenizer.json"))
+        texts = [tokenizer.encode(prompt).ids for prompt in read_prompts(MIXED_PROMPTS)[:16]]
+        assert_lossless(verifier, llm, texts, at_once=16)
 
 
 @contextmanager
