@@ -23,6 +23,7 @@ from benchmarks.markdown import markdown_table, shown_command
 from kernels.backend import Backend, choose_backend
 from kernels.blocks import AttentionBatch, AttentionBlock, AttentionWeights, MlpBlock, MlpWeights
 from kernels.native import set_num_threads
+from kernels.packed_linear.native import NativeLinear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 # outputs, inputs: a matrix far larger than the caches, and one of a small model
@@ -72,6 +73,8 @@ def linear_cases(backends: Sequence[Backend], outputs: int, inputs: int, rows: i
         f"{NAMES[backend.name]}, float32": partial(backend.pack_linear(weight), x) for backend in backends
     }
     cases["ours, bfloat16 in memory"] = partial(backends[0].pack_linear(weight.bfloat16()), x)
+    cases["ours, float16 in memory"] = partial(backends[0].pack_linear(weight.half()), x)
+    cases["ours, int8 in memory"] = partial(NativeLinear(weight, int8=True), x)
     return cases
 
 

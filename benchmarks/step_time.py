@@ -76,12 +76,13 @@ def main(
     model: Annotated[str, typer.Option(help="Folder or hub id.")],
     context: Annotated[int, typer.Option(min=1, help="Tokens in front of the tree.")] = 128,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16 or int8.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each node count.")] = 50,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores.")] = 0,
 ) -> None:
     """Measures the steps of one model."""
     use_threads(threads)
-    loaded = Transformer.load(resolve_model(model), LoadOptions(device=device))
+    loaded = Transformer.load(resolve_model(model), LoadOptions(device, dtype))
     leave_cores_to_kernels(loaded)
     print(json.dumps(dataclasses.asdict(measure(Path(model).name, loaded, context, NODE_COUNTS, repeats))))
 
