@@ -49,7 +49,7 @@ def test_idle_workers_sleep() -> None:
 
 
 def test_workers_leave_the_processor_to_others_between_steps() -> None:
-    """Verifier and speculator take turns on one machine: what a pool burns after a step, the other's draft would need."""
+    """Verifier and speculator take turns on one machine: what a pool burns after a step, the other's would need."""
     linear, x = NativeLinear(torch.randn(700, 300)), torch.randn(20, 300)
     pauses, burnt = 50, 0.0
     for _ in range(pauses):
