@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
@@ -137,7 +138,14 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     assert verifier.generate(PROMPT, 8).token_ids == hugging_face_greedy(llm, PROMPT, 8)
 
 
-def test_a_stopping_verifier_lets_another_go_on(llm: Path) -> None:
+def test_a_stopping_verifier_lets_another_go_on(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Transformer.forward
+
+    def slow(*args: Any) -> torch.Tensor:
+        time.sleep(0.02)  # the request must not end before the verifier does
+        return whole(*args)
+
+    monkeypatch.setattr(Transformer, "forward", slow)
     with services() as started:
         verifier = started.verifier(llm, drain_timeout_s=0.0)
         with channel(verifier.address, INSECURE) as connection:
