@@ -86,9 +86,12 @@ class StaticBatch:
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
         self._host_batch, self._host_wanted = _views(self._host, shape)
         self.batch, self.wanted = _views(self._device, shape)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, segments: Sequence[Segment], wanted: Sequence[int]) -> None:
-        """Lay the segments out and copy them to the device. What was computed before must have been read by then."""
+        """Lay the segments out and copy them to the device, in the order of its stream."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still be reading the host's buffer
         host, rows = self._host_batch, 0
         host.row_sequences.zero_()
         if segments:
@@ -106,6 +109,8 @@ class StaticBatch:
         self._host_wanted[: len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
         self._host_wanted[len(wanted) :] = 0
         self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 def _views(buffer: torch.Tensor, shape: StepShape) -> tuple[FlatBatch, torch.Tensor]:
