@@ -54,6 +54,14 @@ def test_without_speculator(llm: Path, running: Services) -> None:
     assert verifier.metric("output_tokens_total") == verifier.metric("sequence_steps_total")
 
 
+def test_an_int8_model_is_verified_as_it_decodes_plainly(llm: Path, ssms: list[Path], running: Services) -> None:
+    plain = running.verifier(llm, dtype="int8")
+    drafted = running.verifier(llm, running.speculator(ssms[0]), dtype="int8")
+    for prompt in prompts(5):
+        assert drafted.generate(prompt, NEW_TOKENS).token_ids == plain.generate(prompt, NEW_TOKENS).token_ids
+    assert drafted.metric("accepted_tokens_total") > 0
+
+
 @pytest.mark.parametrize("expansion", [{}, {"draft_width": (1, 1, 3, 1, 1)}, {"draft_width": (4,), "draft_nodes": 4}])
 @pytest.mark.parametrize("models", [1, 3])
 def test_static_and_best_first_trees_of_one_and_three_ssms(
