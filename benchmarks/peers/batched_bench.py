@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.workers import WorkerFailed
 
-STEPS = 32
+STEPS = 16
 
 
 async def llama_step_times(
