@@ -68,7 +68,6 @@ def static_drafts(widths: Sequence[int]) -> dict[str, Any]:
         "draft_width": tuple(widths),
         "draft_depth": len(widths),
         "draft_nodes": nodes,
-        "max_draft_rows": max(nodes, 1),
     }
 
 

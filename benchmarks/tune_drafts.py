@@ -119,7 +119,7 @@ def shapes(
     # No tree is deeper than its nodes: what differs beyond that is the same shape.
     bounds = dict.fromkeys((count, min(depth, count)) for depth in depths for count in nodes)
     for confidence, beam, (count, depth) in itertools.product(confidences, beams, bounds):
-        yield DraftShape({"draft_nodes": count, "draft_depth": depth}, beam, confidence)
+        yield DraftShape({"draft_nodes": count, "draft_depth": depth, "draft_always": True}, beam, confidence)
 
 
 def page(outcomes: Sequence[Outcome], command: str, machine: dict[str, str], prompts: int, new_tokens: int) -> str:

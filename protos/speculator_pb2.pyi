@@ -173,6 +173,8 @@ class DraftRequest(_message.Message):
     MAX_DEPTH_FIELD_NUMBER: _builtins.int
     WIDTHS_FIELD_NUMBER: _builtins.int
     SELECTION_FIELD_NUMBER: _builtins.int
+    MIN_CONFIDENCE_FIELD_NUMBER: _builtins.int
+    LOOKUP_ONLY_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     max_nodes: _builtins.int
     """Upper bounds of each tree, the root not counted. Of sampled trees all together keep max_nodes times the number of
@@ -180,6 +182,10 @@ class DraftRequest(_message.Message):
     """
     max_depth: _builtins.int
     selection: Global___ChildSelection.ValueType
+    min_confidence: _builtins.float
+    """Small models need not go on behind a node that is less probable than this; their own bound holds too."""
+    lookup_only: _builtins.bool
+    """Draft by look-up alone: the small models are left out."""
     @_builtins.property
     def widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Static expansion: children of each node by depth. Empty: best-first growth on the model's own probabilities."""
@@ -192,10 +198,12 @@ class DraftRequest(_message.Message):
         max_depth: _builtins.int = ...,
         widths: _abc.Iterable[_builtins.int] | None = ...,
         selection: Global___ChildSelection.ValueType = ...,
+        min_confidence: _builtins.float = ...,
+        lookup_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_depth", b"max_depth", "max_nodes", b"max_nodes", "selection", b"selection", "sequence_id", b"sequence_id", "widths", b"widths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lookup_only", b"lookup_only", "max_depth", b"max_depth", "max_nodes", b"max_nodes", "min_confidence", b"min_confidence", "selection", b"selection", "sequence_id", b"sequence_id", "widths", b"widths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

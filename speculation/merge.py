@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from speculation.tree import InvalidTree, TokenTree
 
@@ -30,6 +30,20 @@ class MergedDraft:
         order = tree.subtree_order()
         new = {old: index for index, old in enumerate(order)}
         return cls(tree.select(order), (tree,), (tuple(new[old] for old in range(len(tree))),))
+
+    def keep(self, nodes: Sequence[int]) -> MergedDraft:
+        """The draft with these nodes of its tree alone, which must be rising, hold the root and every node's parent.
+
+        Raises:
+            InvalidTree: the root or a parent is missing.
+        """
+        new = {old: index for index, old in enumerate(nodes)}
+        maps = tuple(tuple([new.get(node, -1) for node in mapping]) for mapping in self.maps)
+        return MergedDraft(self.tree.select(nodes), self.components, maps)
+
+    def with_confidences(self, confidences: tuple[float, ...]) -> MergedDraft:
+        """The same draft with other confidences of its merged nodes."""
+        return replace(self, tree=self.tree.with_confidences(confidences))
 
 
 class _Union:

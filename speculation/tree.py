@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,6 +79,10 @@ class TokenTree:
     def root_only(cls, token_id: int) -> TokenTree:
         """The tree of plain decoding."""
         return cls((token_id,), (-1,))
+
+    def with_confidences(self, confidences: tuple[float, ...]) -> TokenTree:
+        """The same tree with other confidences."""
+        return replace(self, confidences=confidences)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check what came over the wire against the vocabulary.

@@ -18,6 +18,7 @@ from services.speculator.metrics import SpeculatorMetrics
 from services.speculator.settings import SpeculatorSettings
 from services.speculator.sources import DraftSource
 from services.verifier import wire
+from services.verifier.budget import WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftOrder, DraftSettings
 from services.verifier.engine import Engine
 from services.verifier.metrics import VerifierMetrics
@@ -143,7 +144,6 @@ def _engine(
         prefill_chunk=context,
         draft_nodes=drafting.nodes,
         draft_depth=DEPTH,
-        max_draft_rows=sequences * drafting.nodes,
     )
     speculator = _speculator(bench, drafting)
     settings = DraftSettings(sampling_rule(drafting.rule), drafting.widths, TIMEOUT_S)
@@ -152,7 +152,7 @@ def _engine(
     def fail(error: BaseException) -> None:
         outputs.put((0, RuntimeError(f"the engine broke: {error!r}")))
 
-    return Engine(runner, scheduler, DraftCollector([speculator], settings), metrics, sequences, fail)
+    return Engine(runner, scheduler, DraftCollector([speculator], settings, WholeDrafts()), metrics, sequences, fail)
 
 
 def _speculator(bench: Bench, drafting: Drafting) -> LocalSpeculator:

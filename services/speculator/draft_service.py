@@ -97,4 +97,5 @@ class DraftService:
             found.append(trees)
         shares = {key: math.ceil(nodes / max(1, len(self._models))) for key, nodes in taken.items()}
         orders = [replace(order, nodes=order.nodes - shares.get(order.key, 0)) for order in orders]
-        return [*(model.draft(orders) for model in self._models), *found]
+        orders = [order for order in orders if not order.lookup_only]
+        return [*(model.draft(orders) for model in self._models), *found] if orders else found

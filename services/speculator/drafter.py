@@ -38,6 +38,8 @@ class DraftOrder:
     depth: int
     widths: tuple[int, ...]
     selection: ChildSelection
+    min_confidence: float = 0.0
+    lookup_only: bool = False
 
 
 @dataclass(eq=False)
@@ -150,7 +152,7 @@ class Drafter:
 
     def _grow_natively(self, session: Session, order: DraftOrder) -> None:
         depth = min(order.depth, len(order.widths)) if order.widths else order.depth
-        floor = 0.0 if order.widths else self.settings.min_confidence
+        floor = 0.0 if order.widths else max(self.settings.min_confidence, order.min_confidence)
         bounds = TreeBounds(
             nodes=order.nodes,
             depth=depth,
@@ -177,7 +179,7 @@ class Drafter:
             max_nodes=order.nodes,
             max_depth=order.depth,
             beam=settings.beam,
-            min_confidence=settings.min_confidence,
+            min_confidence=max(settings.min_confidence, order.min_confidence),
             source=self.name,
         )
 

@@ -29,6 +29,8 @@ def draft_order(stream: int, message: speculator_pb2.DraftRequest) -> DraftOrder
         raise InvalidMessage(f"max_depth is {message.max_depth}; it must be in 1..{MAX_DEPTH}")
     if (selection := _SELECTIONS.get(message.selection)) is None:
         raise InvalidMessage(f"selection is {message.selection}; it must be one of {sorted(_SELECTIONS)}")
+    if not 0 <= message.min_confidence <= 1:
+        raise InvalidMessage(f"min_confidence is {message.min_confidence}; it must be in 0..1")
     if 0 in message.widths:
         raise InvalidMessage(f"widths are {list(message.widths)}; each must be at least 1")
     return DraftOrder(
@@ -37,6 +39,8 @@ def draft_order(stream: int, message: speculator_pb2.DraftRequest) -> DraftOrder
         depth=message.max_depth,
         widths=tuple(message.widths),
         selection=selection,
+        min_confidence=message.min_confidence,
+        lookup_only=message.lookup_only,
     )
 
 

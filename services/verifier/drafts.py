@@ -6,16 +6,17 @@ Knows nothing of the network: a `DraftSource` is something that is asked and, in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.verifier.budget import Ask, DraftBudget, Wish
 from services.verifier.scheduler import SequencePlan
 from services.verifier.sequence import Sequence
 from speculation.acceptance import AcceptanceRule, resolve_rule
 from speculation.expansion import ChildSelection
-from speculation.merge import MergedDraft, merge_trees
+from speculation.merge import MergedDraft
 from speculation.tree import TokenTree
 
 
@@ -24,6 +25,7 @@ class DraftOrder:
     """One sequence's draft: at most `nodes` nodes below the root, at most `depth` deep.
 
     widths: children by depth for static expansion; empty for best-first growth.
+    floor: small models need not go on below paths less probable than this. models: False for look-up alone.
     """
 
     sequence: Sequence
@@ -31,6 +33,8 @@ class DraftOrder:
     depth: int
     widths: tuple[int, ...]
     selection: ChildSelection
+    floor: float = 0.0
+    models: bool = True
 
 
 class DraftSource(Protocol):
@@ -69,21 +73,25 @@ class DraftSettings:
 
 
 class DraftCollector:
-    """One round trip to every speculator for each step. Only the engine's thread calls it."""
+    """One round trip to every speculator for each step that drafts. Only the engine's thread calls it."""
 
-    def __init__(self, sources: Items[DraftSource], settings: DraftSettings) -> None:
+    def __init__(self, sources: Items[DraftSource], settings: DraftSettings, budget: DraftBudget) -> None:
         self.sources = sources
         self.settings = settings
+        self.budget = budget
         self._step = 0
 
-    def collect(self, plans: Iterable[SequencePlan]) -> dict[int, MergedDraft]:
+    def collect(self, plans: Items[SequencePlan]) -> dict[int, MergedDraft]:
         """A draft for every sequence that decodes, by sequence id; one node where nobody drafted in time."""
-        decoding = [plan for plan in plans if plan.decodes]
-        orders = [self._order(plan) for plan in decoding if plan.draft_nodes > 0]
-        trees = self._ask(orders) if orders and self.sources else {}
-        return {plan.sequence.id: _merge(plan, trees.get(plan.sequence.id, [])) for plan in decoding}
+        wishes = [Wish(plan, self._selection(plan)) for plan in plans if plan.draft_nodes > 0 and self.sources]
+        ask = self.budget.ask(plans, wishes)
+        orders = [self._order(wish, ask) for wish in wishes if wish.id in ask.nodes]
+        drafts = self.budget.merge(wishes, self._ask(orders) if orders else None)
+        decoding = [plan.sequence for plan in plans if plan.decodes]
+        return {sequence.id: drafts.get(sequence.id) or _no_draft(sequence) for sequence in decoding}
 
     def forget(self, sequence: Sequence) -> None:
+        self.budget.forget(sequence.id)
         for source in self.sources:
             source.forget(sequence)
 
@@ -95,17 +103,25 @@ class DraftCollector:
         for source in self.sources:
             source.close()
 
-    def _order(self, plan: SequencePlan) -> DraftOrder:
-        selection = resolve_rule(self.settings.rule, plan.sequence.request.sampling).selection
-        nodes = plan.draft_nodes
-        if selection is ChildSelection.SAMPLED:
+    def _selection(self, plan: SequencePlan) -> ChildSelection:
+        return resolve_rule(self.settings.rule, plan.sequence.request.sampling).selection
+
+    def _order(self, wish: Wish, ask: Ask) -> DraftOrder:
+        nodes = ask.nodes[wish.id]
+        if wish.selection is ChildSelection.SAMPLED:
             # Merged sampled trees can be cut by whole levels only, so that each gets its share of the budget.
             nodes = max(1, nodes // max(1, sum(source.models for source in self.sources)))
-        return DraftOrder(plan.sequence, nodes, plan.draft_depth, self.settings.widths, selection)
+        plan = wish.plan
+        return DraftOrder(
+            plan.sequence, nodes, plan.draft_depth, self.settings.widths, wish.selection, ask.floor, ask.models
+        )
 
-    def _ask(self, orders: list[DraftOrder]) -> dict[int, list[TokenTree]]:
+    def _ask(self, orders: list[DraftOrder]) -> dict[int, list[TokenTree]] | None:
+        """Trees by sequence id; None when no speculator can be asked."""
         self._step += 1
         asked = [source for source in self.sources if source.send(self._step, orders)]
+        if not asked:
+            return None
         deadline = time.monotonic() + self.settings.timeout_s
         trees: dict[int, list[TokenTree]] = {}
         for source in asked:
@@ -114,7 +130,5 @@ class DraftCollector:
         return trees
 
 
-def _merge(plan: SequencePlan, trees: list[TokenTree]) -> MergedDraft:
-    if not trees:
-        return MergedDraft.single(TokenTree.root_only(plan.sequence.tokens[-1]))
-    return merge_trees(trees, plan.draft_nodes)
+def _no_draft(sequence: Sequence) -> MergedDraft:
+    return MergedDraft.single(TokenTree.root_only(sequence.tokens[-1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -154,7 +155,9 @@ class Engine:
         logits = self.runner.forward(plans, drafts)
         accepted = self._verify(plans, drafts, logits)
         self._commit(plans, drafts, logits, accepted)
-        self._measure(logits.rows, started, drafted)
+        finished = time.perf_counter()
+        self.drafts.budget.learn(accepted, drafted - started, finished - drafted)
+        self._measure(logits.rows, started, drafted, finished)
 
     def _exchange(self) -> bool:
         """Take arrivals and cancellations in; sleep while there is nothing to do; False when it is time to stop."""
@@ -227,14 +230,14 @@ class Engine:
         if len(draft.tree) > 1:
             metrics.drafts.inc()
             metrics.draft_tokens.inc(len(draft.tree) - 1)
+            metrics.expected_tokens.inc(sum(map(math.exp, draft.tree.confidences[1:])))
             metrics.accepted_tokens.inc(len(step.nodes))
             for depth in range(1, len(step.nodes) + 1):
                 metrics.accepted_at.labels(depth).inc()
             for tree, nodes in zip(draft.components, draft.maps, strict=True):
                 metrics.accepted_from.labels(tree.source).inc(len(set(nodes) & set(step.nodes)))
 
-    def _measure(self, rows: int, started: float, drafted: float) -> None:
-        finished = time.perf_counter()
+    def _measure(self, rows: int, started: float, drafted: float, finished: float) -> None:
         self._step_seconds = finished - started
         metrics, scheduler = self.metrics, self.scheduler
         metrics.draft_seconds.observe(drafted - started)

@@ -21,6 +21,7 @@ class VerifierMetrics:
         self.requests = counter("requests", "Requests by how they ended.", "outcome")
         self.drafts = counter("drafts", "Trees verified that had at least one draft token.")
         self.draft_tokens = counter("draft_tokens", "Draft tokens verified, after merging.")
+        self.expected_tokens = counter("expected_tokens", "Draft tokens expected to be accepted, of those verified.")
         self.accepted_tokens = counter("accepted_tokens", "Draft tokens accepted.")
         self.accepted_at = counter("accepted_at", "Draft tokens accepted, by their depth in the tree.", "depth")
         self.accepted_from = counter("accepted_from", "Draft tokens accepted, by draft source.", "source")
@@ -39,6 +40,9 @@ class VerifierMetrics:
             "Time that a step waited for its drafts.",
             buckets=_SECONDS,
             registry=registry,
+        )
+        self.step_curve = gauge(
+            "step_curve_seconds", "Time of a step by its rows, as drafts are reckoned with.", "rows"
         )
         self.waiting = gauge("waiting_sequences", "Sequences in the queue.")
         self.running = gauge("running_sequences", "Sequences that take part in steps.")

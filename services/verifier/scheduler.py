@@ -6,12 +6,10 @@ Knows nothing of trees' contents or of the network. Only the engine's thread cal
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from runtime.kv_cache import CacheFull, KVCache
+from runtime.kv_cache import BLOCK_SIZE, CacheFull, KVCache
 from services.verifier.sequence import Sequence
-
-MIN_DRAFT_NODES = 3
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,6 @@ class SchedulerSettings:
     max_sequences: sequences in one step. max_step_rows: rows of one forward pass, trees and prompt chunks together.
     prefill_chunk: prompt tokens of one sequence in one step.
     draft_nodes, draft_depth: bounds of a tree, the root not counted.
-    max_draft_rows: draft nodes of all trees of a step; the sequences share them evenly. A share of fewer nodes than
-        both MIN_DRAFT_NODES and draft_nodes is none: it would not earn its round trip.
     """
 
     max_sequences: int
@@ -30,14 +26,13 @@ class SchedulerSettings:
     prefill_chunk: int
     draft_nodes: int
     draft_depth: int
-    max_draft_rows: int
 
 
 @dataclass(frozen=True)
 class SequencePlan:
     """One sequence's part in a step: a chunk of tokens[cache.length:chunk_end] and, if that reaches the root, a tree.
 
-    draft_nodes, draft_depth: budget of its draft; 0 is plain decoding.
+    draft_nodes, draft_depth: upper bounds of its draft; 0 is plain decoding.
     """
 
     sequence: Sequence
@@ -83,6 +78,7 @@ class Scheduler:
 
         Reserves the KV blocks of every planned row. When blocks run out, the youngest running sequence gives its own
         back and waits, to be computed again; the oldest can always go on, because the cache holds one full context.
+        Drafts have what is left: none makes a sequence wait.
         """
         plans: list[SequencePlan] = []
         rows = self.settings.max_step_rows
@@ -100,39 +96,52 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             plans.append(plan)
             rows -= _rows_of(plan)
-        return plans
+        return self._with_drafts(plans, rows)
 
     def _plan_sequence(self, sequence: Sequence, rows: int) -> SequencePlan:
         chunk = min(sequence.uncomputed, self.settings.prefill_chunk, rows)
-        chunk_end = sequence.cache.length + chunk
-        rows -= chunk
-        decodes = chunk == sequence.uncomputed and rows > 0
-        if not decodes:
-            return SequencePlan(sequence, chunk_end, False, 0, 0)
-        # A tree of depth d gives at most d + 1 tokens, and its deepest node stands at position len(tokens) - 1 + d.
-        depth = min(self.settings.draft_depth, sequence.remaining - 1, self.context_length - len(sequence.tokens))
-        nodes = min(self.settings.draft_nodes, self._draft_share(), rows - 1)
-        if depth <= 0 or nodes <= 0 or not sequence.request.speculative:
-            return SequencePlan(sequence, chunk_end, True, 0, 0)
-        return SequencePlan(sequence, chunk_end, True, nodes, depth)
+        decodes = chunk == sequence.uncomputed and rows > chunk
+        return SequencePlan(sequence, sequence.cache.length + chunk, decodes, 0, 0)
+
+    def _with_drafts(self, plans: list[SequencePlan], rows: int) -> list[SequencePlan]:
+        """The plans with the bounds of their drafts, which share the rows and the KV blocks that are left."""
+        depths = [self._draft_depth(plan) for plan in plans]
+        share = min(self.settings.draft_nodes, rows // max(1, sum(depth > 0 for depth in depths)))
+        if share == 0:
+            return plans
+        return [
+            replace(plan, draft_nodes=nodes, draft_depth=depth)
+            if depth > 0 and (nodes := self._reserve_draft(plan, share)) > 0
+            else plan
+            for plan, depth in zip(plans, depths, strict=True)
+        ]
+
+    def _draft_depth(self, plan: SequencePlan) -> int:
+        """A tree of depth d gives at most d + 1 tokens, and its deepest node stands at position len(tokens) - 1 + d."""
+        sequence = plan.sequence
+        if not plan.decodes or not sequence.request.speculative:
+            return 0
+        return min(self.settings.draft_depth, sequence.remaining - 1, self.context_length - len(sequence.tokens))
+
+    def _reserve_draft(self, plan: SequencePlan, nodes: int) -> int:
+        """How many of the nodes got a place in the cache."""
+        cache = plan.sequence.cache
+        free = len(cache.blocks) * BLOCK_SIZE - plan.chunk_end - 1
+        nodes = min(nodes, free + self.cache.free_blocks * BLOCK_SIZE)
+        self.cache.reserve(cache, plan.chunk_end + 1 + nodes)
+        return nodes
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Whether all its tokens and a tree fit, and each running sequence can grow by a block meanwhile.
+        """Whether all its tokens fit, and each running sequence can grow by a block meanwhile.
 
         Without that room a sequence would be admitted, computed, and have to give way a few steps later.
         """
-        entries = len(sequence.tokens) + self.settings.draft_nodes
-        needed = self.cache.blocks_needed(sequence.cache, entries) + len(self.running)
+        needed = self.cache.blocks_needed(sequence.cache, len(sequence.tokens)) + len(self.running)
         return not self.running or needed <= self.cache.free_blocks
-
-    def _draft_share(self) -> int:
-        sequences = min(len(self.running) + len(self.waiting), self.settings.max_sequences)
-        share = self.settings.max_draft_rows // max(1, sequences)
-        return share if share >= min(MIN_DRAFT_NODES, self.settings.draft_nodes) else 0
 
     def _reserve(self, plan: SequencePlan, may_preempt: bool) -> bool:
         """Reserve the plan's KV blocks; False when the sequence itself had to give way."""
-        entries = plan.chunk_end + (1 + plan.draft_nodes if plan.decodes else 0)
+        entries = plan.chunk_end + plan.decodes
         while True:
             try:
                 self.cache.reserve(plan.sequence.cache, entries)
@@ -154,5 +163,5 @@ class Scheduler:
 
 
 def _rows_of(plan: SequencePlan) -> int:
-    tree = 1 + plan.draft_nodes if plan.decodes else 0
-    return plan.chunk_end - plan.sequence.cache.length + tree
+    """Rows without a draft."""
+    return plan.chunk_end - plan.sequence.cache.length + plan.decodes

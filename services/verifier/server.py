@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -23,6 +24,7 @@ from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts, ModelMismatch
 from services.common.tls import Security, security_of
 from services.verifier import wire
+from services.verifier.budget import DraftBudget, MeasuredBudget, WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine, EngineStopped
 from services.verifier.metrics import VerifierMetrics
@@ -32,6 +34,8 @@ from services.verifier.runner import Runner
 from services.verifier.scheduler import Scheduler, SchedulerSettings
 from services.verifier.settings import VerifierSettings
 from services.verifier.speculator_link import SpeculatorLink
+from services.verifier.step_times import StepTimes
+from speculation.step_curve import StepCurve
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +108,10 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle, place: Place |
     with joined(settings, place) as group:
         loaded = await asyncio.to_thread(_load, settings, group)
         metrics = VerifierMetrics(lifecycle.registry)
+        runner = Runner(loaded.model, loaded.cache)
+        budget = await asyncio.to_thread(_budget, settings, loaded, runner, metrics)
         links = await _connect(settings, security, loaded.facts, metrics)
-        engine = _build_engine(settings, loaded, links, metrics, lifecycle)
+        engine = _build_engine(settings, loaded, runner, budget, links, metrics, lifecycle)
         server = aio_server(lifecycle)
         add_VerifierServicer_to_server(Servicer(engine, loaded.facts), server)
         endpoint = Endpoint(settings.host, settings.port, settings.health_port)
@@ -151,6 +157,8 @@ async def _connect(
 def _build_engine(
     settings: VerifierSettings,
     loaded: LoadedModel[StepModel],
+    runner: Runner,
+    budget: DraftBudget,
     links: list[SpeculatorLink],
     metrics: VerifierMetrics,
     lifecycle: Lifecycle,
@@ -161,14 +169,28 @@ def _build_engine(
         prefill_chunk=settings.prefill_chunk,
         draft_nodes=settings.draft_nodes if links else 0,
         draft_depth=settings.draft_depth,
-        max_draft_rows=settings.max_draft_rows or settings.draft_nodes,
     )
     drafting = DraftSettings(settings.acceptance, settings.draft_width, settings.draft_timeout_ms / 1000)
     return Engine(
-        Runner(loaded.model, loaded.cache),
+        runner,
         Scheduler(bounds, loaded.cache, loaded.facts.context_length),
-        DraftCollector(links, drafting),
+        DraftCollector(links, drafting, budget),
         metrics,
         settings.max_waiting,
         lifecycle.fail,
     )
+
+
+def _budget(
+    settings: VerifierSettings, loaded: LoadedModel[StepModel], runner: Runner, metrics: VerifierMetrics
+) -> DraftBudget:
+    """Measures the steps of the model, which takes a second or two, unless it is known what they take."""
+    if settings.draft_always or settings.draft_width or not (settings.speculator and settings.draft_nodes):
+        return WholeDrafts()
+    most_rows = min(settings.max_step_rows, settings.max_sequences * (1 + settings.draft_nodes))
+    times = StepTimes(settings.step_times, loaded, (settings.tensor_parallel, settings.pipeline_parallel))
+    curve = StepCurve(times.points(runner, most_rows))
+    budget = MeasuredBudget(curve, settings.draft_nodes, settings.draft_depth)
+    for rows in curve.points:
+        metrics.step_curve.labels(rows).set_function(partial(curve.seconds, rows))
+    return budget

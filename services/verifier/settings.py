@@ -61,15 +61,24 @@ class VerifierSettings(ServiceSettings):
         "How sampled requests accept drafts: shared-noise (a seed fixes the text), mss or naive.",
         default=AcceptanceRule.SHARED_NOISE,
     )
-    draft_nodes: int = setting("Draft tokens of a tree; 0 switches drafting off.", default=8, minimum=0, maximum=255)
-    draft_depth: int = setting("Depth of a tree.", default=6, minimum=1, maximum=64)
-    draft_width: tuple[int, ...] = setting(
-        "Children of a node at each depth, for static trees; repeatable. Empty: best-first growth.", default=()
+    draft_nodes: int = setting(
+        "Most draft tokens of a tree; 0 switches drafting off.", default=16, minimum=0, maximum=255
     )
-    max_draft_rows: int = setting(
-        "Draft tokens of all trees of a step; under load the sequences share them, down to none. 0: draft_nodes.",
-        default=0,
-        minimum=0,
+    draft_depth: int = setting("Most levels of a tree.", default=8, minimum=1, maximum=64)
+    draft_width: tuple[int, ...] = setting(
+        "Children of a node at each depth, for static trees, which are drafted whole at every step; repeatable. Empty: "
+        "best-first growth.",
+        default=(),
+    )
+    draft_always: bool = setting(
+        "Draft the whole tree at every step, whether it pays or not: for measurements. Else each step drafts what pays "
+        "for itself, by measured times and acceptance, down to nothing.",
+        default=False,
+    )
+    step_times: str = setting(
+        "Folder that keeps the measured step times of this model on this machine; empty: specserve in the user's cache "
+        "folder; none: measure at every start.",
+        default="",
     )
     draft_timeout_ms: int = setting("How long a step waits for its drafts.", default=500, minimum=1)
 

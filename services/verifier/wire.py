@@ -82,6 +82,8 @@ def speculate_request(
             max_depth=order.depth,
             widths=order.widths,
             selection=_SELECTIONS[order.selection],
+            min_confidence=order.floor,
+            lookup_only=not order.models,
         )
     return message
 

@@ -65,13 +65,14 @@ class Services:
         return f"127.0.0.1:{port}"
 
     def verifier(self, llm: Path, *speculators: str, **settings: Any) -> Verifier:
-        """Start a verifier and return a client of it. Unlike by default, every sequence of a full batch drafts."""
+        """Start a verifier and return a client of it. Unlike by default, every sequence drafts whole trees."""
         port = free_port()
         values: dict[str, Any] = {
             "llm": str(llm),
             "port": port,
             "speculator": speculators,
-            "max_draft_rows": 128,
+            "draft_always": True,
+            "step_times": "none",
             "kv_memory": 0.01,
             "threads": 1,
             "insecure": "tls_cert" not in settings,

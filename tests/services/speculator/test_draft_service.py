@@ -185,6 +185,23 @@ def test_nothing_found_is_nothing_sent() -> None:
     assert (draft.sequence_id, list(draft.trees)) == (4, [])
 
 
+def test_models_are_left_out_of_a_draft_by_look_up_alone() -> None:
+    service, (model,) = build(("ssm-a", "prompt-lookup"))
+    trees = trees_of(service.answer(1, opening(1, PROMPT, lookup_only=True)))
+    assert [tree.source for tree in trees] == ["prompt-lookup"]
+    assert model.orders == []
+    both = trees_of(service.answer(1, advancing(1, [1], lookup_only=False)))
+    assert [tree.source for tree in both] == ["ssm-a", "prompt-lookup"], "the model has not lost the sequence"
+    assert model.sessions[1, 1][0] == [*PROMPT, 1]
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan")])
+def test_a_bound_that_is_no_probability(wrong: float) -> None:
+    service, _ = build(("ssm-a",))
+    with pytest.raises(InvalidMessage, match="min_confidence is"):
+        service.answer(1, opening(1, PROMPT, min_confidence=wrong))
+
+
 def test_without_a_model_any_token_may_be_the_verifiers() -> None:
     service, _ = build(("prompt-lookup",), None)
     service.answer(1, opening(1, [SEPARATOR - 1] * 4))

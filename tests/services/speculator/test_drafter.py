@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -143,6 +144,18 @@ def test_scales_change_the_confidences_of_the_requests_that_they_are_for(model: 
     for confidences in (noisy, drawn):
         assert confidences[0] == confidences[1]
         assert confidences[2][1] > confidences[0][1]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
+def test_a_draft_is_grown_behind_probable_paths_only(native: bool, model: Transformer, portable: Transformer) -> None:
+    """Of the order's bound and the drafter's own the higher one holds."""
+    chosen = model if native else portable
+    sharp = Calibration(greedy_temperature=0.25)
+    for own, asked in ((0.0, 0.2), (0.2, 0.0), (0.2, 0.01)):
+        tree = draft_of(chosen, GREEDY, order(min_confidence=asked), min_confidence=own, calibration=sharp)
+        grown = set(tree.parents[1:])
+        assert all(tree.confidences[node] >= math.log(0.2) for node in grown)
+        assert len(grown) < len(set(draft_of(chosen, GREEDY, order(), calibration=sharp).parents[1:]))
 
 
 def test_a_whole_accepted_path_leaves_the_next_root_uncomputed(model: Transformer) -> None:

@@ -110,9 +110,9 @@ def test_sixteen_requests_at_once(llm: Path, ssms: list[Path], running: Services
 def test_too_little_kv_memory_for_all_preempts_and_stays_lossless(
     llm: Path, ssms: list[Path], running: Services
 ) -> None:
-    # One full context and its largest tree are 32 blocks; 8 sequences of up to 100 tokens would take 56.
-    verifier = running.verifier(llm, running.speculator(ssms[0]), max_sequences=8, kv_blocks=32)
-    assert_lossless(verifier, llm, prompts(8, 60), at_once=8)
+    # One full context and its largest tree are 32 blocks; 16 sequences of up to 100 tokens would take 112.
+    verifier = running.verifier(llm, running.speculator(ssms[0]), max_sequences=16, kv_blocks=32)
+    assert_lossless(verifier, llm, prompts(16, 60), at_once=16)
     assert verifier.metric("preemptions_total") > 0
 
 

@@ -18,9 +18,7 @@ from speculation.logits import LogitsPipeline
 from speculation.sampling import SamplingParams
 from tests.tiny_models import CONTEXT, VOCAB
 
-SETTINGS = SchedulerSettings(
-    max_sequences=4, max_step_rows=64, prefill_chunk=20, draft_nodes=8, draft_depth=5, max_draft_rows=16
-)
+SETTINGS = SchedulerSettings(max_sequences=4, max_step_rows=64, prefill_chunk=20, draft_nodes=8, draft_depth=5)
 _ids = itertools.count(1)
 
 
@@ -77,24 +75,47 @@ def test_decoding_comes_before_new_prompts_and_the_rows_are_bounded(config: Mode
     assert [plan.decodes for plan in plans] == [True, False, False]
 
 
-@pytest.mark.parametrize(("sequences", "nodes"), [(1, 8), (2, 8), (3, 5), (4, 4)])
-def test_sequences_share_the_draft_rows(sequences: int, nodes: int, config: ModelConfig) -> None:
-    shared = scheduler(config)
-    for _ in range(sequences):
-        shared.add(sequence(prompt=3))
-    step(shared)
-    assert [plan.draft_nodes for plan in step(shared)] == [nodes] * sequences
+@pytest.mark.parametrize(("rows", "nodes"), [(64, 8), (36, 8), (35, 7), (8, 1), (7, 0), (4, 0)])
+def test_drafts_share_the_rows_that_are_left(rows: int, nodes: int, config: ModelConfig) -> None:
+    shared = scheduler(config, max_step_rows=rows)
+    for _ in range(4):
+        shared.add(sequence(prompt=1))
+    plans = step(shared)
+    assert [plan.draft_nodes for plan in plans] == [nodes] * 4
+    assert all(plan.decodes for plan in plans)
 
 
-def test_a_share_too_small_to_pay_is_none(config: ModelConfig) -> None:
-    shared = scheduler(config, max_draft_rows=8)
-    for _ in range(3):
-        shared.add(sequence(prompt=3))
-    step(shared)
-    assert [plan.draft_nodes for plan in step(shared)] == [0, 0, 0]
-    tiny = scheduler(config, max_draft_rows=2, draft_nodes=2)
-    tiny.add(sequence(prompt=3))
-    assert step(tiny)[0].draft_nodes == 2, "a tree that small is what was asked for"
+def test_drafts_take_rows_behind_prompts(config: ModelConfig) -> None:
+    busy = scheduler(config, max_step_rows=30)
+    busy.add(sequence(prompt=1))
+    step(busy)
+    busy.add(sequence(prompt=60))
+    decoding, prefilling = step(busy)
+    assert (decoding.draft_nodes, prefilling.chunk_end) == (8, 20)
+    busy.add(sequence(prompt=60))
+    assert [plan.draft_nodes for plan in step(busy)] == [0, 0, 0], "two chunks leave no row"
+
+
+def test_drafts_take_only_free_blocks(config: ModelConfig) -> None:
+    # After two steps each sequence fills two blocks with its root; four of the five blocks are theirs.
+    tight = scheduler(config, blocks=5, draft_nodes=20)
+    for _ in range(2):
+        tight.add(sequence(prompt=2 * BLOCK_SIZE - 1))
+    for _ in range(2):
+        step(tight)
+    plans = tight.plan()
+    assert [plan.draft_nodes for plan in plans] == [BLOCK_SIZE, 0]
+    assert tight.take_preemptions() == 0
+    assert all(len(plan.sequence.cache.blocks) * BLOCK_SIZE > plan.chunk_end + plan.draft_nodes for plan in plans)
+
+
+def test_a_request_without_speculation_has_no_draft(config: ModelConfig) -> None:
+    both = scheduler(config)
+    plain = sequence(prompt=3)
+    plain.request = dataclasses.replace(plain.request, speculative=False)
+    both.add(plain)
+    both.add(sequence(prompt=3))
+    assert [plan.draft_nodes for plan in step(both)] == [0, 8]
 
 
 def test_no_draft_reaches_beyond_the_limit_or_the_context(config: ModelConfig) -> None:

@@ -1,0 +1,99 @@
+"""How much to draft, and which of the drafted nodes to verify: as much as makes tokens come fastest over a whole batch.
+
+A step of the LLM over S sequences gives S tokens and one more for each accepted node. Both decisions maximise
+
+    (S + expected accepted nodes) / (seconds of the step + seconds of drafting)
+
+AdaServe and TurboSpec share a budget by load; here the price of a node is the measured time of its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from speculation.tree import TokenTree
+
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class StepPrice:
+    """What a step costs.
+
+    seconds: by extra rows, float64 [most rows + 1]: seconds[0] is the step without any draft node. Never falling.
+    """
+
+    tokens: int
+    seconds: Floats
+
+
+@dataclass(frozen=True)
+class Choice:
+    """option: how to draft. chosen: which of the sequences, by their place; none for a plain step.
+
+    size: nodes of each tree that this was reckoned with. tokens, seconds: to expect of the step and its drafts.
+    """
+
+    option: int
+    chosen: tuple[int, ...]
+    size: int
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Expected tokens per second."""
+        return self.tokens / self.seconds
+
+
+def choose_drafting(step: StepPrice, once: Floats, each: Floats, sizes: Sequence[int], gains: Floats) -> Choice:
+    """How to draft, and for which sequences; of all equal sizes and all first m sequences by gain less cost, the best.
+
+    once: float64 [options], seconds of a round trip for anybody. each: [options, sequences], what a sequence adds.
+    sizes: numbers of nodes that trees may be pruned to. gains: [options, sizes, sequences], expected accepted tokens of
+        such a tree.
+    """
+    plain = Choice(0, (), 0, step.tokens, float(step.seconds[0]))
+    if gains.shape[2] == 0:
+        return plain
+    order = np.argsort(each * plain.rate - gains.max(axis=1), axis=1, kind="stable")
+    tokens = step.tokens + np.cumsum(np.take_along_axis(gains, order[:, None], axis=2), axis=2)
+    rows = np.minimum(np.outer(sizes, np.arange(1, gains.shape[2] + 1)), len(step.seconds) - 1)
+    drafting = once[:, None] + np.cumsum(np.take_along_axis(each, order, axis=1), axis=1)
+    seconds = step.seconds[rows] + drafting[:, None]
+    option, size, most = np.unravel_index(int(np.argmax(tokens / seconds)), tokens.shape)
+    chosen = tuple(sorted(order[option, : most + 1].tolist()))
+    place = (option, size, most)
+    best = Choice(int(option), chosen, sizes[int(size)], float(tokens[place]), float(seconds[place]))
+    return best if best.rate > plain.rate else plain
+
+
+def best_prefix(step: StepPrice, probabilities: Floats) -> int:
+    """How many of the nodes to verify, whose path probabilities fall; 0..len(probabilities)."""
+    room = min(len(probabilities), len(step.seconds) - 1)
+    tokens = step.tokens + np.concatenate(([0.0], np.cumsum(probabilities[:room])))
+    return int(np.argmax(tokens / step.seconds[: room + 1]))
+
+
+def nodes_that_pay(trees: Sequence[TokenTree], step: StepPrice) -> list[list[int]]:
+    """For each tree the nodes that pay for themselves, over the whole batch: rising, with the root, itself a tree.
+
+    The confidences of a tree are the estimates of its nodes' path probabilities. Since no child is surer than its
+    parent, the most probable nodes of a tree are a tree. Not for trees with sampled children: what is kept of a draw
+    must not depend on what was drawn.
+    """
+    confidences = [np.asarray(tree.confidences[1:]) for tree in trees]
+    flat = np.concatenate([np.zeros(0), *confidences])
+    # Stable: of equally probable nodes of a tree the first one comes first, a parent before its child.
+    order = np.argsort(-flat, kind="stable")
+    kept = np.zeros(len(flat), dtype=bool)
+    kept[order[: best_prefix(step, np.exp(flat[order]))]] = True
+    nodes: list[list[int]] = []
+    start = 0
+    for own in confidences:
+        mask = kept[start : (start := start + len(own))]
+        nodes.append([0, *(np.flatnonzero(mask) + 1).tolist()])
+    return nodes

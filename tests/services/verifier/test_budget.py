@@ -1,0 +1,251 @@
+"""What the budget makes of known costs and acceptance: a simulated machine whose clock says what a step must take."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from runtime.kv_cache import CachedSequence
+from services.verifier.budget import Ask, MeasuredBudget, Wish
+from services.verifier.request import GenerationRequest
+from services.verifier.scheduler import SequencePlan
+from services.verifier.sequence import Sequence
+from speculation.acceptance import Accepted
+from speculation.children import ChildSelection
+from speculation.logits import LogitsPipeline
+from speculation.sampling import SamplingParams
+from speculation.step_curve import StepCurve
+from speculation.tree import TokenTree
+
+NODES, DEPTH = 16, 8
+GREEDY = SamplingParams(temperature=0)
+Seconds = Callable[[int], float]
+
+
+def memory_bound(rows: int) -> float:
+    """A large model on a device that reads its weights for 64 rows as fast as for one."""
+    return 0.020 + 0.0001 * max(0, rows - 64)
+
+
+def small_cpu(rows: int) -> float:
+    return 0.002 + 0.0004 * rows
+
+
+@dataclass
+class World:
+    """step: true seconds by rows. measured: what the start-up found instead. noise: relative, of every time.
+
+    says, right: confidence of a first child below its parent, and how often it is right. costs: seconds of a round
+    trip, of a drafted sequence, of a level. overhead: of each sequence in a step.
+    looked_up: how often the token that look-up proposes is right. down: no speculator can be asked.
+    """
+
+    step: Seconds
+    right: float
+    says: float = 0.7
+    measured: Seconds | None = None
+    costs: tuple[float, float, float] = (0.0006, 0.0001, 0.00005)
+    overhead: float = 0.0003
+    noise: float = 0.05
+    selection: ChildSelection = ChildSelection.TOP
+    looked_up: float = 0.0
+    down: bool = False
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(1)
+        curve = self.measured or self.step
+        self.budget = MeasuredBudget(
+            StepCurve({rows: curve(rows) for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)}), NODES, DEPTH
+        )
+        self.nodes: list[int] = []
+        self.asked: list[int] = []
+        self.models: list[bool] = []
+        self.drafted: dict[int, int] = {}
+        self._ids = itertools.count(1)
+
+    def speedup(self, streams: int, steps: int = 1500, tokens_each: int = 120) -> float:
+        """Tokens a second against plain decoding with the same streams, which end and begin."""
+        sequences = [self.sequence(tokens_each) for _ in range(streams)]
+        tokens, seconds = 0, 0.0
+        for _ in range(steps):
+            for place, sequence in enumerate(sequences):
+                if sequence.remaining <= 0:
+                    self.budget.forget(sequence.id)
+                    sequences[place] = self.sequence(tokens_each)
+            added, took = self.one_step(sequences)
+            tokens, seconds = tokens + added, seconds + took
+        return tokens / seconds / (streams / (self.step(streams) + self.overhead * streams))
+
+    def sequence(self, tokens: int) -> Sequence:
+        request = GenerationRequest("r", (1, 2, 3), GREEDY, tokens)
+        return Sequence(next(self._ids), request, lambda _output: None, LogitsPipeline(GREEDY, (1, 2, 3), 320))
+
+    def one_step(self, sequences: list[Sequence]) -> tuple[int, float]:
+        plans = []
+        for sequence in sequences:
+            depth = min(DEPTH, sequence.remaining - 1)
+            sequence.cache = CachedSequence(length=len(sequence.tokens) - 1)
+            plans.append(SequencePlan(sequence, sequence.cache.length, True, NODES if depth > 0 else 0, max(depth, 0)))
+        wishes = [Wish(plan, self.selection) for plan in plans if plan.draft_nodes]
+        ask = self.budget.ask(plans, wishes)
+        asked = [] if self.down else [wish for wish in wishes if wish.id in ask.nodes]
+        trees = {wish.id: self.trees(wish, ask) for wish in asked}
+        self.drafted = {i: sum(len(tree) - 1 for tree in found) for i, found in trees.items()}
+        if trees:
+            self.models.append(ask.models)
+        once, each, level = self.costs
+        drafting = 0.00005
+        if trees:
+            deepest = [max(max(tree.depths()) for tree in found) if ask.models else 0 for found in trees.values()]
+            drafting += once + (sum(each + level * depth for depth in deepest) if ask.models else 0)
+        drafts = self.budget.merge(wishes, trees if trees else None)
+        accepted = {
+            plan.sequence.id: self.accept(drafts[plan.sequence.id].tree) for plan in plans if plan.sequence.id in drafts
+        }
+        accepted |= {s.id: Accepted((), (1,)) for s in sequences if s.id not in drafts}
+        rows = len(sequences) + sum(len(draft.tree) - 1 for draft in drafts.values())
+        self.nodes.append(rows - len(sequences))
+        self.asked.append(len(trees))
+        verifying = self.step(rows) + self.overhead * len(sequences)
+        drafting, verifying = (value * self.random.lognormvariate(0, self.noise) for value in (drafting, verifying))
+        self.budget.learn(accepted, drafting, verifying)
+        return sum(len(s.append(accepted[s.id].token_ids)) for s in sequences), drafting + verifying
+
+    def trees(self, wish: Wish, ask: Ask) -> list[TokenTree]:
+        """A chain with a second choice at each level; look-up guesses one token."""
+        found = []
+        if ask.models:
+            tokens, parents, says = [1], [-1], [1.0]
+            node = 0
+            for _ in range(wish.plan.draft_depth):
+                if says[node] < ask.floor or len(tokens) + 2 > ask.nodes[wish.id] + 1:
+                    break
+                tokens += [2, 3]
+                parents += [node, node]
+                says += [says[node] * self.says, says[node] * (1 - self.says) / 2]
+                node = len(tokens) - 2
+            found.append(TokenTree(tuple(tokens), tuple(parents), {}, "ssm", tuple(map(math.log, says))))
+        if self.looked_up:
+            found.append(TokenTree((1, 2), (-1, 0), {}, "prompt-lookup", (0.0, math.log(0.5))))
+        return found
+
+    def accept(self, tree: TokenTree) -> Accepted:
+        path: list[int] = []
+        node, children = 0, tree.children()
+        while True:
+            chance = self.right if len(path) or not self.looked_up else max(self.right, self.looked_up)
+            token = 2 if self.random.random() < chance else 9
+            below = [child for child in children[node] if tree.token_ids[child] == token]
+            if not below:
+                return Accepted(tuple(path), tuple([1] * (len(path) + 1)))
+            node = below[0]
+            path.append(node)
+
+
+@pytest.mark.parametrize("right", [0.0, 0.3])
+@pytest.mark.parametrize("step", [small_cpu, memory_bound])
+@pytest.mark.parametrize("streams", [1, 2, 4, 8, 16, 32])
+def test_bad_drafts_cost_next_to_nothing(streams: int, step: Seconds, right: float) -> None:
+    """However sure of themselves they are."""
+    world = World(step, right, says=0.9)
+    world.speedup(streams, steps=400)  # learns
+    assert world.speedup(streams, steps=600) > 0.97
+
+
+@pytest.mark.parametrize("streams", [1, 4, 32])
+def test_drafts_of_look_up_stay_when_models_do_not_pay(streams: int) -> None:
+    world = World(small_cpu, right=0.0, looked_up=0.9, costs=(0.0006, 0.003, 0.001))
+    world.speedup(streams, steps=300)
+    assert world.speedup(streams, steps=300) > 1.1
+    assert world.models[-50:].count(True) < 10
+
+
+def test_large_trees_on_a_memory_bound_device_small_ones_on_a_cpu_none_when_the_batch_is_full() -> None:
+    def nodes(step: Seconds, streams: int) -> float:
+        world = World(step, right=0.7)
+        world.speedup(streams, steps=500)
+        return sum(world.nodes[-200:]) / 200 / streams
+
+    assert nodes(memory_bound, 1) > 12 > 5 > nodes(small_cpu, 1) > 1.5
+    assert nodes(memory_bound, 1) > nodes(memory_bound, 8) > nodes(memory_bound, 32) > 0.5
+    assert nodes(small_cpu, 32) < 0.3
+
+
+def test_good_drafts_come_near_the_best_fixed_size() -> None:
+    # A chain of d right tokens of 0.7 gives (1 - 0.7^(d + 1)) / 0.3 tokens; the second children are never right.
+    def fixed(depth: int) -> float:
+        tokens = (1 - 0.7 ** (depth + 1)) / 0.3
+        return tokens / (small_cpu(1 + depth) + 0.0003 + 0.0007 + 0.00005 * depth) * (small_cpu(1) + 0.0003)
+
+    world = World(small_cpu, right=0.7)
+    world.speedup(1, steps=500)
+    assert world.speedup(1, steps=3000) > 0.93 * max(map(fixed, range(1, 9)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda _rows: 0.003,
+        lambda rows: 0.0002 * rows,
+        lambda rows: 0.002 + 0.001 * rows,
+        lambda rows: 0.1 * small_cpu(rows),
+    ],
+    ids=["flat", "steep", "dear", "fast"],
+)
+def test_a_wrong_curve_is_corrected_while_serving(wrong: Seconds) -> None:
+    world = World(small_cpu, right=0.7, measured=wrong)
+    world.speedup(1, steps=1500)
+    assert world.speedup(1, steps=1500) > 1.2
+    full = World(small_cpu, right=0.0, measured=wrong)
+    full.speedup(16, steps=600)
+    assert full.speedup(16, steps=600) > 0.97
+
+
+def test_a_drafter_that_becomes_good_is_found_again() -> None:
+    world = World(small_cpu, right=0.0)
+    world.speedup(1, steps=800)
+    assert sum(world.asked[-200:]) < 20
+    world.right = 0.8
+    world.speedup(1, steps=8000)
+    assert world.speedup(1, steps=500) > 1.3
+
+
+def test_nothing_is_learned_from_speculators_that_cannot_be_asked() -> None:
+    world = World(small_cpu, right=0.8)
+    before = world.speedup(1, steps=1000)
+    world.down = True
+    for _ in range(500):
+        world.one_step([world.sequence(50)])
+    world.down = False
+    assert world.speedup(1, steps=200) > 0.9 * before
+
+
+def test_sampled_children_learn_from_their_own_sequence_alone() -> None:
+    """What becomes of one sequence's draws decides nothing about another's: they may share their noise."""
+    bad = World(small_cpu, right=0.0, selection=ChildSelection.SAMPLED)
+    first = bad.sequence(400)
+    for _ in range(300):
+        bad.one_step([first])
+    assert sum(bad.asked[-100:]) <= 3, "it has stopped"
+    fresh, asked = bad.sequence(400), []
+    for _ in range(20):
+        bad.one_step([fresh])
+        asked.append(bad.asked[-1])
+    untaught = World(small_cpu, right=0.9, selection=ChildSelection.SAMPLED)
+    assert asked[0] == 1
+    untaught.one_step([untaught.sequence(400)])
+    assert untaught.asked == [1]
+
+
+def test_sampled_trees_are_never_pruned() -> None:
+    world = World(memory_bound, right=0.5, selection=ChildSelection.SAMPLED)
+    sequence = world.sequence(400)
+    for _ in range(50):
+        world.one_step([sequence])
+        drafted = world.drafted.get(sequence.id)
+        assert drafted is None or world.nodes[-1] == drafted

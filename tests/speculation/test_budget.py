@@ -1,0 +1,127 @@
+"""The choices against all others, tried one by one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speculation.budget import StepPrice, best_prefix, choose_drafting, nodes_that_pay
+from speculation.experience import Gain, LinearFit, Reliability, promises
+from speculation.tree import TokenTree
+from tests.speculation.trees import confident_trees
+
+rising = st.lists(st.floats(0.0, 2.0), min_size=1, max_size=12).map(lambda steps: 0.5 + np.cumsum(steps))
+chances = st.floats(0.01, 1.0)
+
+
+@given(st.integers(0, 8), rising, st.lists(chances, max_size=15))
+def test_no_other_prefix_is_faster(tokens: int, seconds: np.ndarray, probabilities: list[float]) -> None:
+    falling = sorted(probabilities, reverse=True)
+    count = best_prefix(StepPrice(tokens, seconds), np.array(falling))
+    rates = [(tokens + sum(falling[:k])) / seconds[k] for k in range(min(len(falling), len(seconds) - 1) + 1)]
+    assert rates[count] == pytest.approx(max(rates))
+
+
+@given(st.integers(1, 4), rising, st.lists(confident_trees(max_nodes=8), max_size=3))
+def test_what_is_kept_is_a_tree_and_the_best_set_of_nodes(
+    tokens: int, seconds: np.ndarray, drafts: list[TokenTree]
+) -> None:
+    step = StepPrice(tokens, seconds)
+    kept = nodes_that_pay(drafts, step)
+    for tree, nodes in zip(drafts, kept, strict=True):
+        assert nodes == sorted(nodes)
+        assert nodes[0] == 0
+        assert all(tree.parents[node] in nodes for node in nodes[1:])
+    pairs = zip(drafts, kept, strict=True)
+    gained = sum(math.exp(tree.confidences[node]) for tree, nodes in pairs for node in nodes[1:])
+    rate = (tokens + gained) / seconds[sum(len(nodes) - 1 for nodes in kept)]
+    everything = sorted((math.exp(c) for tree in drafts for c in tree.confidences[1:]), reverse=True)
+    best = max((tokens + sum(everything[:k])) / seconds[k] for k in range(min(len(everything), len(seconds) - 1) + 1))
+    assert rate == pytest.approx(best)
+
+
+@given(st.data())
+def test_drafting_is_chosen_when_it_pays_and_never_otherwise(data: st.DataObject) -> None:
+    options, sizes, sequences = data.draw(st.integers(1, 3)), [1, 2, 4], data.draw(st.integers(1, 4))
+    cost, gain = st.floats(0, 2), st.floats(0, 4)
+    once = np.array([data.draw(cost) for _ in range(options)])
+    each = np.array([[data.draw(cost) for _ in range(sequences)] for _ in range(options)])
+    gains = np.array([[[data.draw(gain) for _ in range(sequences)] for _ in sizes] for _ in range(options)])
+    seconds = 1 + np.cumsum([data.draw(st.floats(0, 1)) for _ in range(4 * sequences + 1)])
+    choice = choose_drafting(StepPrice(sequences, seconds), once, each, sizes, gains)
+    plain = sequences / seconds[0]
+    assert choice.rate >= plain
+    if not choice.chosen:
+        return
+    place = (choice.option, sizes.index(choice.size))
+    chosen = list(choice.chosen)
+    assert choice.tokens == pytest.approx(sequences + gains[place][chosen].sum())
+    spent = seconds[choice.size * len(chosen)] + once[choice.option] + each[choice.option][chosen].sum()
+    assert choice.seconds == pytest.approx(spent)
+    for option, size in itertools.product(range(options), range(len(sizes))):
+        whole = sequences + gains[option, size].sum()
+        cost_of_all = seconds[sizes[size] * sequences] + once[option] + each[option].sum()
+        assert choice.rate >= whole / cost_of_all * (1 - 1e-9), "drafting for all is no better"
+
+
+def test_no_sequence_no_draft() -> None:
+    choice = choose_drafting(StepPrice(2, np.ones(1)), np.zeros(1), np.zeros((1, 0)), [1], np.zeros((1, 1, 0)))
+    assert (choice.chosen, choice.rate) == ((), 2.0)
+
+
+@given(confident_trees(max_nodes=10), st.lists(st.booleans(), min_size=1, max_size=9))
+def test_corrected_confidences_make_a_valid_tree(tree: TokenTree, right: list[bool]) -> None:
+    reliability = Reliability()
+    accepted = [node > 0 and right[node % len(right)] for node in range(len(tree))]
+    for _ in range(20):
+        reliability.learn(tree, [True] * len(tree), accepted)
+        assert reliability.correct(tree).confidences[0] == 0, "and the tree checks itself"
+
+
+def test_promises_are_corrected_by_what_came_true_at_each_depth() -> None:
+    reliability, draw = Reliability(), random.Random(3)
+    tree = TokenTree((1, 2, 3, 4), (-1, 0, 0, 1), {}, "a", tuple(map(math.log, (1, 0.8, 0.1, 0.7))))
+    for _ in range(2000):
+        first = draw.random() < 0.45
+        reliability.learn(tree, [True] * 4, [False, first, False, first and draw.random() < 0.5])
+    assert reliability.ratio("a", 1) == pytest.approx(0.45 / 0.9, rel=0.2)
+    assert reliability.ratio("a", 2) == pytest.approx(0.225 / 0.7, rel=0.3)
+    corrected = reliability.correct(tree)
+    assert math.exp(corrected.confidences[1]) == pytest.approx(0.4, rel=0.2)
+    assert reliability.correct(TokenTree((1, 2), (-1, 0), {}, "b", (0.0, -1.0))).confidences == (0.0, -1.0)
+
+
+def test_nodes_that_were_not_verified_teach_nothing() -> None:
+    reliability = Reliability()
+    tree = TokenTree((1, 2, 3), (-1, 0, 1), {}, "a", (0.0, -0.1, -0.2))
+    for _ in range(50):
+        reliability.learn(tree, [True, True, False], [True, True, False])
+    assert reliability.ratio("a", 1) > 1
+    assert reliability.ratio("a", 2) == 1
+    assert reliability.ratio("b", 1) == 1, "of another source"
+
+
+def test_a_tree_without_estimates_is_guessed_by_depth_and_place() -> None:
+    assert np.exp(promises(TokenTree((1, 2, 3, 4), (-1, 0, 0, 1)))).tolist() == pytest.approx([1, 0.5, 0.25, 0.25])
+
+
+def test_gains_follow_what_trees_promise() -> None:
+    gain = Gain([1, 2, 4, 8])
+    for _ in range(300):
+        gain.learn([0.9, 0.5, 0.1], asked=4)
+    assert gain.expected[:3] == pytest.approx([0.9, 1.4, 1.5], abs=0.01)
+    assert gain.expected[3] == Gain([1, 2, 4, 8]).expected[3], "nothing is known of trees with more room"
+
+
+def test_a_fit_finds_the_weights_and_keeps_the_prior_where_nothing_is_seen() -> None:
+    fit = LinearFit((1.0, 1.0, 5.0), (1, 1, 1))
+    for turn in range(500):
+        fit.observe((1, turn % 7, 0), 3 + 2 * (turn % 7))
+    assert fit.weights == pytest.approx([3, 2, 5], abs=0.1)
+    assert fit.predict((1, 2, 0)) == pytest.approx(7, abs=0.1)
