@@ -8,7 +8,7 @@ import numpy as np
 
 _RATE = 0.05  # share of a surprise that is believed, and more of the first ones:
 _FIRST = 5.0  # the n-th measurement at a point counts 1 / (_FIRST + n)
-_EVERYWHERE = 0.1  # of that, the share that other row counts believe too: the whole machine became slower or faster
+_BEHIND = 0.1  # of that, the share that larger row counts believe too
 _MOST_SURPRISE = 3.0  # factor beyond which a measurement counts as a disturbance of this size
 
 
@@ -44,13 +44,17 @@ class StepCurve:
         return float(self.table(rows)[rows])
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a measured step: its neighbours move towards it, all other points a little."""
+        """Learn from a measured step: its neighbours move towards it, all larger ones a little.
+
+        Smaller ones stay: what a step with drafts costs beyond expectation is no reason to think worse of one without.
+        """
         expected = self.seconds(rows)
         surprise = np.log(np.clip(seconds / expected, 1 / _MOST_SURPRISE, _MOST_SURPRISE))
         place = float(np.interp(rows, self._rows, np.arange(len(self._rows))))
         nearness = np.clip(1 - np.abs(np.arange(len(self._rows)) - place), 0, 1)
         rate = np.maximum(_RATE, 1 / (_FIRST + self._measured))
-        self._seconds *= np.exp(rate * surprise * np.maximum(nearness, _EVERYWHERE))
+        share = np.where(self._rows > rows, np.maximum(nearness, _BEHIND), nearness)
+        self._seconds *= np.exp(rate * surprise * share)
         self._measured += nearness
         self._tabulate(len(self._table) - 1)
 

@@ -24,9 +24,10 @@ from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts, ModelMismatch
 from services.common.tls import Security, security_of
 from services.verifier import wire
-from services.verifier.budget import DraftBudget, MeasuredBudget, WholeDrafts
+from services.verifier.budget import DraftBudget, WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine, EngineStopped
+from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.ranks import joined, options_of
 from services.verifier.request import InvalidRequest, QueueFull, Sink, StepOutput
