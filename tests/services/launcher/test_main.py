@@ -38,7 +38,11 @@ Running = tuple[subprocess.Popen[str], str]
 @contextmanager
 def started(*flags: str) -> Iterator[Running]:
     process = subprocess.Popen(
-        [*SPECSERVE, "up", *flags, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*SPECSERVE, "up", *flags, "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"SPECSERVE_VERIFIER_DRAFT_ALWAYS": "true"},  # drafts for so small a model do not pay
     )
     assert process.stdout is not None
     try:

@@ -72,7 +72,7 @@ def ranked_verifier(
         "--insecure",
         "--kv-memory=0.01",
         "--threads=1",
-        "--max-draft-rows=128",
+        "--draft-always",
     )
     log = folder / "verifier.log"
     environ = os.environ | {MARK: f"127.0.0.1:{port}"}
