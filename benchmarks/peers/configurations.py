@@ -13,7 +13,7 @@ SHORT_NAMES: dict[Precision, str] = {"float32": "fp32", "float16": "fp16", "bflo
 LLAMA_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 DRAFT_LENGTHS = (2, 3, 4, 6, 8)
 LEAST_PROBABILITIES = (0.0, 0.5)
-VLLM_DRAFT_LENGTH = 3
+VLLM_DRAFT_LENGTH = 5
 
 # The cache in float32 and no fused attention, which computes in float16: what our own arithmetic is.
 EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")

@@ -73,18 +73,21 @@ class Replica:
 
     async def watch(self) -> NoReturn:
         """Keep its state true: met again after each loss, told by itself when it begins to drain."""
-        reason = ""
+        reason, met = "", False
         while True:
             try:
                 await self._renew_client()
                 await self.meet()
-                reason = ""
+                reason, met = "", True
                 await self._client.wait_not_serving()
                 raise VerifierUnavailable(f"the verifier at {self.address} is not serving any more")
             except VerifierError as error:
                 if str(error) != reason:
                     reason = str(error)
-                    log.warning("verifier not usable", extra={"address": str(self.address), "reason": reason})
+                    # Services start side by side: one that was never there is no surprise.
+                    missing = isinstance(error, VerifierUnavailable) and not met
+                    level = logging.INFO if missing else logging.WARNING
+                    log.log(level, "verifier not usable", extra={"address": str(self.address), "reason": reason})
                 self._set(None, False)
             await asyncio.sleep(RETRY_S)
 
