@@ -62,8 +62,8 @@ class VerifierSettings(ServiceSettings):
         default=AcceptanceRule.SHARED_NOISE,
     )
     draft_nodes: int = setting(
-        "Most draft tokens of a tree; 0 switches drafting off. More pay where a step costs little more for many rows: a "
-        "large model, a GPU.",
+        "Most draft tokens of a tree; 0 switches drafting off. More pay where a step costs little more for many rows: "
+        "a large model, a GPU.",
         default=5,
         minimum=0,
         maximum=255,
