@@ -1,4 +1,6 @@
-"""The speculator's gRPC face: one worker thread owns the models, streams take turns on it."""
+"""The speculator's gRPC face. The event loop's own thread drafts: streams take turns, and a change of threads for each
+message would cost as much as a small model's draft. Health calls wait for the draft under way.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,9 @@ import itertools
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import grpc
 
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = "specserve.v1.Speculator"
 
+Context = grpc.aio.ServicerContext[speculator_pb2.SpeculateRequest, speculator_pb2.SpeculateResponse]
+
 
 class Servicer(SpeculatorServicer):
     """One Speculate stream for each verifier; sessions end with their stream."""
@@ -43,13 +45,11 @@ class Servicer(SpeculatorServicer):
         self,
         service: DraftService,
         facts: list[ModelFacts],
-        worker: ThreadPoolExecutor,
         lifecycle: Lifecycle,
         metrics: SpeculatorMetrics,
     ) -> None:
         self._service = service
         self._facts = facts
-        self._worker = worker
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._streams = itertools.count(1)
@@ -60,28 +60,32 @@ class Servicer(SpeculatorServicer):
     ) -> speculator_pb2.DraftModels:
         return speculator_pb2.DraftModels(models=[facts.to_wire() for facts in self._facts])
 
-    async def Speculate(
-        self,
-        request_iterator: AsyncIterator[speculator_pb2.SpeculateRequest],
-        context: grpc.aio.ServicerContext[object, object],
-    ) -> AsyncIterator[speculator_pb2.SpeculateResponse]:
+    async def Speculate(  # type: ignore[override]  # grpc.aio takes a coroutine that writes too; its stub does not say so
+        self, request_iterator: object, context: Context
+    ) -> None:
         self._check_tokenizer(context)
         stream = next(self._streams)
-        loop = asyncio.get_running_loop()
+        call = asyncio.current_task()
+        assert call is not None
         ending = asyncio.ensure_future(self._lifecycle.drain_started.wait())
+        ending.add_done_callback(lambda drain: drain.cancelled() or call.cancel())
         self._metrics.streams.inc()
         try:
-            while (message := await _next_unless(request_iterator, ending)) is not None:
+            while isinstance(message := await context.read(), speculator_pb2.SpeculateRequest):
                 with self._metrics.answer_seconds.time():
-                    yield await loop.run_in_executor(self._worker, self._service.answer, stream, message)
+                    response = self._service.answer(stream, message)
+                await context.write(response)
         except ValueError as error:
             raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        except asyncio.CancelledError:
+            if not self._lifecycle.draining:
+                raise
         finally:
             ending.cancel()
             self._metrics.streams.dec()
-            self._worker.submit(self._service.end, stream)
+            self._service.end(stream)
 
-    def _check_tokenizer(self, context: grpc.aio.ServicerContext[object, object]) -> None:
+    def _check_tokenizer(self, context: Context) -> None:
         """Refuse a verifier of another tokenizer; where no model has one, the first verifier's counts."""
         theirs = dict(context.invocation_metadata() or ()).get(TOKENIZER_METADATA)
         if theirs is not None and self._tokenizer is None:
@@ -94,38 +98,22 @@ class Servicer(SpeculatorServicer):
             )
 
 
-async def _next_unless(
-    messages: AsyncIterator[speculator_pb2.SpeculateRequest], ending: asyncio.Future[Any]
-) -> speculator_pb2.SpeculateRequest | None:
-    """The next message; None when the stream or the service ends first."""
-    following = asyncio.ensure_future(anext(messages, None))
-    both: set[asyncio.Future[Any]] = {following, ending}
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    if following.done():
-        return following.result()
-    following.cancel()
-    return None
-
-
 @asynccontextmanager
 async def serve(settings: SpeculatorSettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
     """Load the models, serve until the context ends."""
     security = security_of(settings)
     endpoint = Endpoint(settings.host, settings.port, settings.health_port)
-    worker = ThreadPoolExecutor(1, "drafts", initializer=use_threads, initargs=(settings.threads,))
-    loaded = await asyncio.get_running_loop().run_in_executor(worker, _load, settings)
+    use_threads(settings.threads)
+    loaded = _load(settings)
     metrics = SpeculatorMetrics(lifecycle.registry)
     vocab_size = loaded[0].facts.vocab_size if loaded else None
     models = [_drafter(settings, model) for model in loaded]
     service = DraftService(models, _lookups(settings, metrics), vocab_size, metrics)
     server = aio_server(lifecycle, exempt=frozenset({f"/{SERVICE}/Speculate"}))
-    servicer = Servicer(service, [model.facts for model in loaded], worker, lifecycle, metrics)
+    servicer = Servicer(service, [model.facts for model in loaded], lifecycle, metrics)
     add_SpeculatorServicer_to_server(servicer, server)
-    try:
-        async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
-            yield
-    finally:
-        worker.shutdown()
+    async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
+        yield
 
 
 def _load(settings: SpeculatorSettings) -> list[LoadedModel[Transformer]]:

@@ -72,8 +72,22 @@ class DraftSettings:
     timeout_s: float
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Drafts that are under way for a step. sources: those that were asked; deadline: of all, in monotonic time."""
+
+    plans: Items[SequencePlan]
+    wishes: Items[Wish]
+    sources: Items[DraftSource]
+    step: int
+    deadline: float
+
+
 class DraftCollector:
-    """One round trip to every speculator for each step that drafts. Only the engine's thread calls it."""
+    """One round trip to every speculator for each step that drafts. Only the engine's thread calls it.
+
+    Between `ask` and `collect` the speculators draft, and the engine may do something else.
+    """
 
     def __init__(self, sources: Items[DraftSource], settings: DraftSettings, budget: DraftBudget) -> None:
         self.sources = sources
@@ -81,13 +95,21 @@ class DraftCollector:
         self.budget = budget
         self._step = 0
 
-    def collect(self, plans: Items[SequencePlan]) -> dict[int, MergedDraft]:
-        """A draft for every sequence that decodes, by sequence id; one node where nobody drafted in time."""
+    def ask(self, plans: Items[SequencePlan]) -> Asked:
+        """Choose what to draft for the sequences that decode, and send for it."""
         wishes = [Wish(plan, self._selection(plan)) for plan in plans if plan.draft_nodes > 0 and self.sources]
         ask = self.budget.ask(plans, wishes)
         orders = [self._order(wish, ask) for wish in wishes if wish.id in ask.nodes]
-        drafts = self.budget.merge(wishes, self._ask(orders) if orders else None)
-        decoding = [plan.sequence for plan in plans if plan.decodes]
+        asked: list[DraftSource] = []
+        if orders:
+            self._step += 1
+            asked = [source for source in self.sources if source.send(self._step, orders)]
+        return Asked(plans, wishes, asked, self._step, time.monotonic() + self.settings.timeout_s)
+
+    def collect(self, asked: Asked) -> dict[int, MergedDraft]:
+        """A draft for every sequence that decodes, by sequence id; one node where nobody drafted in time."""
+        drafts = self.budget.merge(asked.wishes, self._receive(asked) if asked.sources else None)
+        decoding = [plan.sequence for plan in asked.plans if plan.decodes]
         return {sequence.id: drafts.get(sequence.id) or _no_draft(sequence) for sequence in decoding}
 
     def forget(self, sequence: Sequence) -> None:
@@ -116,16 +138,10 @@ class DraftCollector:
             plan.sequence, nodes, plan.draft_depth, self.settings.widths, wish.selection, ask.floor, ask.models
         )
 
-    def _ask(self, orders: list[DraftOrder]) -> dict[int, list[TokenTree]] | None:
-        """Trees by sequence id; None when no speculator can be asked."""
-        self._step += 1
-        asked = [source for source in self.sources if source.send(self._step, orders)]
-        if not asked:
-            return None
-        deadline = time.monotonic() + self.settings.timeout_s
+    def _receive(self, asked: Asked) -> dict[int, list[TokenTree]]:
         trees: dict[int, list[TokenTree]] = {}
-        for source in asked:
-            for sequence_id, drafted in source.receive(self._step, deadline).items():
+        for source in asked.sources:
+            for sequence_id, drafted in source.receive(asked.step, asked.deadline).items():
                 trees.setdefault(sequence_id, []).extend(drafted)
         return trees
 

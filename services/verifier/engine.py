@@ -1,13 +1,13 @@
 """The engine loop: one thread that owns the device and every sequence.
 
-A step reads: plan, collect drafts, forward, verify, commit. Requests come in and go out through thread-safe doors.
+A step reads: plan, ask for drafts, report the last step, collect drafts, forward, verify, commit. Requests come in and
+go out through thread-safe doors.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -18,7 +18,7 @@ import torch
 from runtime.parallel.liveness import GroupFailed
 from services.verifier.drafts import DraftCollector
 from services.verifier.logprobs import gather_logprobs
-from services.verifier.metrics import VerifierMetrics
+from services.verifier.metrics import StepReport, VerifierMetrics
 from services.verifier.request import GenerationRequest, QueueFull, Sink, StepOutput, TokenLogprob
 from services.verifier.runner import Runner, StepLogits
 from services.verifier.scheduler import Scheduler, SequencePlan
@@ -66,6 +66,7 @@ class Engine:
         self._cancelled: set[int] = set()
         self._stopping = self._aborted = False
         self._sequences: dict[int, RunningSequence] = {}
+        self._unreported: list[StepReport] = []
         self._step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -150,17 +151,23 @@ class Engine:
         plans = self.scheduler.plan()
         if not plans:
             return  # all that ran was cancelled
-        drafts = self.drafts.collect(plans)
+        asked = self.drafts.ask(plans)
+        self._report()  # while the speculators draft
+        drafts = self.drafts.collect(asked)
         drafted = time.perf_counter()
         logits = self.runner.forward(plans, drafts)
         accepted = self._verify(plans, drafts, logits)
-        self._commit(plans, drafts, logits, accepted)
+        outputs = self._commit(plans, drafts, logits, accepted)
         finished = time.perf_counter()
         self.drafts.budget.learn(accepted, drafted - started, finished - drafted)
-        self._measure(logits.rows, started, drafted, finished)
+        self._step_seconds = finished - started
+        report = StepReport(logits.rows, drafts, accepted, drafted - started, finished - drafted, outputs)
+        self._unreported.append(report)
 
     def _exchange(self) -> bool:
         """Take arrivals and cancellations in; sleep while there is nothing to do; False when it is time to stop."""
+        if self.scheduler.idle:
+            self._report()
         self.drafts.flush()  # of the last step: the next one may be long in coming
         with self._lock:
             while not (self._arrivals or self._cancelled or self._stopping or not self.scheduler.idle):
@@ -198,50 +205,43 @@ class Engine:
         drafts: Mapping[int, MergedDraft],
         logits: StepLogits,
         accepted: Mapping[int, Accepted],
-    ) -> None:
-        """Keep the KV of the accepted paths, append the tokens, send them out, end what has finished."""
+    ) -> list[tuple[Sink, StepOutput]]:
+        """Keep the KV of the accepted paths, append the tokens, end what has finished; what each sequence gets."""
         for plan in plans:
             if (chunk := logits.chunks.get(plan.sequence.id)) is not None:
                 _add_prompt_logprobs(plan, chunk)
         decoding = [plan.sequence for plan in plans if plan.decodes]
         self.runner.keep([(sequence, accepted[sequence.id].nodes) for sequence in decoding])
+        outputs: list[tuple[Sink, StepOutput]] = []
         for sequence in decoding:
             start = logits.tree_starts[sequence.id]
-            self._advance(sequence, drafts[sequence.id], accepted[sequence.id], logits.trees[start:])
+            outputs.append((sequence.sink, self._advance(sequence, accepted[sequence.id], logits.trees[start:])))
+        return outputs
 
-    def _advance(self, sequence: RunningSequence, draft: MergedDraft, step: Accepted, rows: torch.Tensor) -> None:
+    def _advance(self, sequence: RunningSequence, step: Accepted, rows: torch.Tensor) -> StepOutput:
         sequence.llm_steps += 1
         kept = sequence.append(step.token_ids)
-        self._count(sequence, draft, step)
         logprobs: tuple[TokenLogprob, ...] = ()
         if sequence.request.top_logprobs is not None and kept:
             visited = rows[[0, *step.nodes][: len(kept)]]
             logprobs = gather_logprobs(visited, kept, sequence.request.top_logprobs)
         prompt_logprobs = () if sequence.prompt_logprobs_sent else tuple(sequence.prompt_logprobs)
         sequence.prompt_logprobs_sent = True
-        sequence.sink(StepOutput(kept, sequence.llm_steps, logprobs, prompt_logprobs, sequence.finish_reason))
         if sequence.finish_reason is not None:
             self._end(sequence, sequence.finish_reason.value)
+        return StepOutput(kept, sequence.llm_steps, logprobs, prompt_logprobs, sequence.finish_reason)
 
-    def _count(self, sequence: RunningSequence, draft: MergedDraft, step: Accepted) -> None:
-        metrics = self.metrics
-        metrics.sequence_steps.inc()
-        metrics.output_tokens.inc(len(step.token_ids))
-        if len(draft.tree) > 1:
-            metrics.drafts.inc()
-            metrics.draft_tokens.inc(len(draft.tree) - 1)
-            metrics.expected_tokens.inc(sum(map(math.exp, draft.tree.confidences[1:])))
-            metrics.accepted_tokens.inc(len(step.nodes))
-            for depth in range(1, len(step.nodes) + 1):
-                metrics.accepted_at.labels(depth).inc()
-            for tree, nodes in zip(draft.components, draft.maps, strict=True):
-                metrics.accepted_from.labels(tree.source).inc(len(set(nodes) & set(step.nodes)))
+    def _report(self) -> None:
+        """Hand out what the last step gave, and count it."""
+        reports, self._unreported = self._unreported, []
+        for report in reports:
+            for sink, output in report.outputs:
+                sink(output)
+            self.metrics.count_step(report)
+            self._count_load()
 
-    def _measure(self, rows: int, started: float, drafted: float, finished: float) -> None:
-        self._step_seconds = finished - started
+    def _count_load(self) -> None:
         metrics, scheduler = self.metrics, self.scheduler
-        metrics.draft_seconds.observe(drafted - started)
-        metrics.observe_step(rows, finished - drafted)
         metrics.running.set(len(scheduler.running))
         metrics.waiting.set(len(scheduler.waiting))
         metrics.preemptions.inc(scheduler.take_preemptions())
@@ -254,6 +254,7 @@ class Engine:
         self.metrics.requests.labels(outcome).inc()
 
     def _fail_all(self, error: StepFailed | EngineStopped) -> None:
+        self._report()
         with self._lock:
             arrivals, self._arrivals = self._arrivals, deque()
         for _, _, sink in arrivals:

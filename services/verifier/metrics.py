@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter as Tally
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.verifier.request import Sink, StepOutput
+from speculation.acceptance import Accepted
+from speculation.merge import MergedDraft
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4)
 _NODES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What came of a step. drafts, accepted: by id of the sequences that decoded. outputs: what goes out to whom."""
+
+    rows: int
+    drafts: Mapping[int, MergedDraft]
+    accepted: Mapping[int, Accepted]
+    draft_seconds: float
+    step_seconds: float
+    outputs: Sequence[tuple[Sink, StepOutput]]
 
 
 class VerifierMetrics:
@@ -53,6 +74,28 @@ class VerifierMetrics:
             "speculator_failures", "Late, hung, invalid or unavailable speculators, by reason.", "speculator", "reason"
         )
 
-    def observe_step(self, rows: int, seconds: float) -> None:
-        bucket = next((str(limit) for limit in _NODES if rows <= limit), f"over {_NODES[-1]}")
-        self.step_seconds.labels(bucket).observe(seconds)
+    def count_step(self, report: StepReport) -> None:
+        bucket = next((str(limit) for limit in _NODES if report.rows <= limit), f"over {_NODES[-1]}")
+        self.step_seconds.labels(bucket).observe(report.step_seconds)
+        self.draft_seconds.observe(report.draft_seconds)
+        self.sequence_steps.inc(len(report.accepted))
+        self.output_tokens.inc(sum(len(step.token_ids) for step in report.accepted.values()))
+        drafted = [
+            (draft, report.accepted[sequence_id]) for sequence_id, draft in report.drafts.items() if len(draft.tree) > 1
+        ]
+        if drafted:
+            self._count_drafts(drafted)
+
+    def _count_drafts(self, drafted: Sequence[tuple[MergedDraft, Accepted]]) -> None:
+        self.drafts.inc(len(drafted))
+        self.draft_tokens.inc(sum(len(draft.tree) - 1 for draft, _ in drafted))
+        self.expected_tokens.inc(sum(math.exp(sure) for draft, _ in drafted for sure in draft.tree.confidences[1:]))
+        self.accepted_tokens.inc(sum(len(step.nodes) for _, step in drafted))
+        for depth, count in Tally(depth for _, step in drafted for depth, _ in enumerate(step.nodes, start=1)).items():
+            self.accepted_at.labels(depth).inc(count)
+        sources: Tally[str] = Tally()
+        for draft, step in drafted:
+            for tree, nodes in zip(draft.components, draft.maps, strict=True):
+                sources[tree.source] += len(set(nodes) & set(step.nodes))
+        for source, count in sources.items():
+            self.accepted_from.labels(source).inc(count)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -45,28 +47,54 @@ SERVICE = "specserve.v1.Verifier"
 ADMITTED = (("specserve-admitted", "1"),)
 
 
+Outputs = asyncio.Queue[StepOutput | Exception]
+
+
+class Outbox:
+    """From the engine's thread to the queues of an event loop, which is woken once for all that a step gives."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._entries: deque[tuple[Outputs, StepOutput | Exception]] = deque()
+        self._lock = threading.Lock()
+        self._woken = False
+
+    def put(self, queue: Outputs, output: StepOutput | Exception) -> None:
+        """From any thread."""
+        with self._lock:
+            self._entries.append((queue, output))
+            wake, self._woken = not self._woken, True
+        if wake:
+            self._loop.call_soon_threadsafe(self._pass_on)
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            entries, self._entries = self._entries, deque()
+            self._woken = False
+        for queue, output in entries:
+            queue.put_nowait(output)
+
+
 class Servicer(VerifierServicer):
     """Generate streams what the engine gives; a cancelled call frees its sequence before the next step."""
 
     def __init__(self, engine: Engine, facts: ModelFacts) -> None:
         self._engine = engine
         self._facts = facts
+        self._outbox = Outbox(asyncio.get_running_loop())
 
     async def GetModelInfo(
         self, request: tree_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> tree_pb2.ModelInfo:
         return self._facts.to_wire()
 
-    async def Generate(
-        self, request: verifier_pb2.GenerateRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> AsyncIterator[verifier_pb2.GenerateResponse]:
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
-
-        def sink(output: StepOutput | Exception) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, output)
-
-        sequence_id = self._submit(request, sink)
+    async def Generate(  # type: ignore[override]  # grpc.aio takes a coroutine that writes too; its stub does not say so
+        self,
+        request: verifier_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[verifier_pb2.GenerateRequest, verifier_pb2.GenerateResponse],
+    ) -> None:
+        outputs: Outputs = asyncio.Queue()
+        sequence_id = self._submit(request, partial(self._outbox.put, outputs))
         ended = False
         try:
             await context.send_initial_metadata(ADMITTED)
@@ -76,7 +104,7 @@ class Servicer(VerifierServicer):
                     ended = True
                     raise _failure(output)
                 ended = output.finish_reason is not None
-                yield wire.generate_response(output)
+                await context.write(wire.generate_response(output))
         finally:
             if not ended:
                 self._engine.cancel(sequence_id)
