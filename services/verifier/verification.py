@@ -51,7 +51,7 @@ def _choose(
 ) -> dict[int, list[int]]:
     """The token behind each node, by sequence id, of the sequences for which all are chosen at once; one copy back."""
     plain = any(sequence.pipeline.plain_argmax for sequence in sequences)
-    argmax = logits.trees.argmax(-1) if plain else logits.trees.new_empty(0, dtype=torch.int64)
+    argmax = _argmax(logits.trees) if plain else logits.trees.new_empty(0, dtype=torch.int64)
     parts: dict[int, torch.Tensor] = {}
     for sequence in sequences:
         tree, start = drafts[sequence.id].tree, logits.tree_starts[sequence.id]
@@ -63,6 +63,11 @@ def _choose(
         return {}
     tokens = torch.cat(list(parts.values())).cpu().split([len(part) for part in parts.values()])
     return {sequence_id: own.tolist() for sequence_id, own in zip(parts, tokens, strict=True)}
+
+
+def _argmax(rows: torch.Tensor) -> torch.Tensor:
+    """int64 [n] of float32 [n, vocab]. On a CPU by NumPy, which takes a tenth of the time."""
+    return torch.from_numpy(rows.numpy().argmax(-1)) if rows.device.type == "cpu" else rows.argmax(-1)
 
 
 def _choose_processed(sequence: Sequence, tree: TokenTree, rows: torch.Tensor) -> torch.Tensor:
