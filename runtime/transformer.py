@@ -15,11 +15,11 @@ from kernels.backend import Backend, RequestedName, choose_backend
 from kernels.blocks import AttentionBatch, AttentionBlock, AttentionWeights, MlpBlock, MlpWeights
 from kernels.decoder.native import NativeDecoder
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
-from kernels.draft_loop.native import GrownTree, NativeDraftLoop, TreeBounds
+from kernels.draft_loop.native import DraftSequence, GrownTree, NativeDraftLoop
 from kernels.packed_linear.native import NativeLinear
 from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig, inverse_frequencies, read_config
-from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache, blocks_for_cache
+from runtime.kv_cache import BLOCK_SIZE, KVCache, blocks_for_cache
 from runtime.parallel.sharding import Degrees, Shard
 from runtime.step_graph import StepGraphs, cuda_capture
 from runtime.weights import Checkpoint, EndWeights, LayerWeights, WeightLoader
@@ -167,18 +167,13 @@ class Transformer:
 
     @property
     def grows_trees(self) -> bool:
-        """Whether `grow_tree` is there: with the native kernels."""
+        """Whether `grow_trees` is there: with the native kernels."""
         return self._draft_loop is not None
 
-    def grow_tree(
-        self, cache: KVCache, sequence: CachedSequence, pending: Sequence[int], bounds: TreeBounds
-    ) -> GrownTree:
-        """Compute a sequence's uncomputed tokens and grow a tree of likely tokens below the last of them, in one call.
-
-        The sequence needs blocks for `pending` and for every node that is evaluated; its length is left as it is.
-        """
+    def grow_trees(self, cache: KVCache, sequences: Sequence[DraftSequence]) -> list[GrownTree]:
+        """Compute the sequences' pending tokens and grow a tree below the last of each, in one call."""
         assert self._draft_loop is not None, "ask grows_trees first"
-        return self._draft_loop.grow(cache.data, sequence.blocks, BLOCK_SIZE, sequence.length, pending, bounds)
+        return self._draft_loop.grow(cache.data, BLOCK_SIZE, sequences)
 
     def _native_decoder(self) -> NativeDecoder | None:
         """All layers in one call, where all of them are native."""

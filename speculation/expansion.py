@@ -9,13 +9,44 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from speculation.children import ChildPolicy, ChildSelection, rank_children
 from speculation.tree import MAX_NODES, TokenTree
 
-__all__ = ["BestFirstExpansion", "ChildPolicy", "ChildSelection", "Expansion", "StaticExpansion"]
+__all__ = ["BestFirstExpansion", "ChildPolicy", "ChildSelection", "Expansion", "Slots", "StaticExpansion"]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the KV of a draft stands: entry number j behind the committed ones is that of token_ids[j].
+
+    parents: slot of each one's parent, which stands before it; -1 for the root, which is slot 0. No two children of a
+        node have the same token.
+    """
+
+    token_ids: Sequence[int]
+    parents: Sequence[int]
+
+    def match(self, token_ids: Sequence[int]) -> list[int]:
+        """Slots on the path of the accepted tokens, from the root's on; empty when nothing was evaluated.
+
+        They hold the KV of the root, token_ids[0], token_ids[1] and so on, as far as the path was evaluated.
+        """
+        if not self.token_ids:
+            return []
+        matched = [0]
+        for token_id in token_ids:
+            edge = (matched[-1], token_id)
+            for slot in range(matched[-1] + 1, len(self.token_ids)):
+                if (self.parents[slot], self.token_ids[slot]) == edge:
+                    matched.append(slot)
+                    break
+            else:
+                break
+        return matched
 
 
 class Expansion(ABC):
@@ -128,20 +159,6 @@ class Expansion(ABC):
             tuple(self._confidences[old] for old in kept),
         ).depth_first()
 
-    def adopt(
-        self, token_ids: Sequence[int], parents: Sequence[int], confidences: Sequence[float], evaluated: Sequence[int]
-    ) -> None:
-        """Take over what a loop elsewhere has grown by the same rules from this root, in place of `extend`.
-
-        confidences: log-probability of each node's path. evaluated: nodes in the order of their slots.
-        """
-        self.token_ids, self._parents = list(token_ids), list(parents)
-        self._confidences, self.evaluated = list(confidences), list(evaluated)
-        self._depths = [0] * len(self.token_ids)
-        for node in range(1, len(self.token_ids)):
-            self._depths[node] = self._depths[self._parents[node]] + 1
-        self._frontier = []
-
     def depth(self, node: int) -> int:
         """Depth of a node; the root's is 0."""
         return self._depths[node]
@@ -158,20 +175,11 @@ class Expansion(ABC):
             node = self._parents[node]
         return tuple(reversed(token_ids))
 
-    def match(self, token_ids: Sequence[int]) -> list[int]:
-        """Slots of the evaluated nodes on the path of the accepted tokens, from the root's on.
-
-        They hold the KV of the root, token_ids[0], token_ids[1] and so on; empty when nothing was evaluated.
-        """
-        slots = {node: slot for slot, node in enumerate(self.evaluated)}
-        below = {(self._parents[node], self.token_ids[node]): slot for node, slot in slots.items()}
-        matched = [0] if self.evaluated else []
-        for token_id in token_ids if matched else ():
-            slot = below.get((self.evaluated[matched[-1]], token_id))
-            if slot is None:
-                break
-            matched.append(slot)
-        return matched
+    def slots(self) -> Slots:
+        """The evaluated nodes."""
+        slot_of = {node: slot for slot, node in enumerate(self.evaluated)}
+        token_ids = [self.token_ids[node] for node in self.evaluated]
+        return Slots(token_ids, [slot_of.get(self._parents[node], -1) for node in self.evaluated])
 
     @abstractmethod
     def _level_width(self, depth: int) -> int:

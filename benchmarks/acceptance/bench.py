@@ -11,7 +11,8 @@ from runtime.transformer import LoadOptions, Transformer
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts
 from services.gateway.tokenizer import GatewayTokenizer
-from services.speculator.drafter import Drafter, DrafterSettings
+from services.speculator.drafter import Drafter
+from services.speculator.session import DrafterSettings
 from speculation.calibration import Calibration
 
 LLM_MEMORY, SSM_MEMORY = 0.25, 0.1

@@ -14,7 +14,8 @@ from benchmarks.acceptance.lines import WIDTHS
 from benchmarks.acceptance.runners import Tokens
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence
-from services.speculator.drafter import Drafter, DraftOrder
+from services.speculator.drafter import Drafter
+from services.speculator.session import DraftOrder
 from speculation.acceptance import AcceptanceRule
 from speculation.logits import LogitsPipeline
 from speculation.merge import merge_trees

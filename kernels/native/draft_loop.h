@@ -1,47 +1,32 @@
-// A small model that grows a token tree by itself: all levels in one call.
+// Small models that grow token trees by themselves: all levels of all sequences in one call.
 #pragma once
 
 #include <cstdint>
 
+#include "child_choice.h"
 #include "decoder.h"
+#include "tree_growth.h"
 
 namespace specserve {
 
-// The structures of this file are mirrored by ctypes: the order and the types of the fields are shared.
-
-// One sequence in the paged cache, whose first `length` entries are computed.
-struct SequenceCache {
-  KvCache kv;
+// Mirrored by a ctypes structure: the order and the types of the fields are shared.
+//
+// One sequence in the paged cache, whose first `length` entries are computed, and the tree that is wanted of it. pending:
+// the tokens behind those entries; the last of them is the tree's root. The block table is long enough for them and for
+// most_slots(bounds) - 1 entries more.
+struct DraftSequence {
   const std::int32_t* block_table;
-  std::int64_t max_blocks;
-  std::int64_t block_size;
+  std::int64_t blocks;
   std::int64_t length;
+  const std::int64_t* pending;
+  std::int64_t pending_count;
+  TreeBounds bounds;
+  ChildRule rule;
 };
 
-// The shape of the tree. Best-first: at each depth the `beam` most probable of the nodes that belong to the best
-// max_nodes are evaluated. With widths: a node of depth i has widths[i] children. No node of a log-probability below
-// `floor` is evaluated. The root does not count as a node. The probability of a child is softmax(logits / temperature).
-struct TreeBounds {
-  std::int64_t max_nodes;
-  std::int64_t max_depth;
-  std::int64_t beam;
-  float floor;
-  float temperature;
-  const std::int64_t* widths;  // [max_depth] or null
-};
-
-// All candidates in the order in which they were added, the root first; room for 1 + max_nodes * max_depth of each.
-struct GrownTree {
-  std::int32_t* token_ids;
-  std::int32_t* parents;
-  float* confidences;        // log-probability of the path
-  std::int32_t* evaluated;   // slot j behind the sequence's committed entries holds evaluated[j]; the root is slot 0
-  std::int64_t nodes;
-  std::int64_t evaluated_count;
-};
-
-// Computes the sequence's last `pending` tokens, the last of which is the root, then grows the tree below it.
-void grow_tree(ThreadPool& pool, const Decoder& decoder, const SequenceCache& cache, const std::int64_t* pending_tokens,
-               std::int64_t pending, const TreeBounds& bounds, GrownTree& tree);
+// Computes the pending tokens of `count` sequences and grows their trees; the sequences' frontiers are one pass for each
+// level. The tree of a sequence does not depend on the others.
+void grow_trees(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, std::int64_t block_size,
+                const DraftSequence* sequences, std::int64_t count, GrownTree* trees);
 
 }  // namespace specserve

@@ -9,6 +9,7 @@
 
 #include "decoder_blocks.h"
 #include "draft_loop.h"
+#include "gumbel_noise.h"
 
 using namespace specserve;
 
@@ -104,9 +105,13 @@ void specserve_decoder_logits(const Decoder* decoder, const float* hidden, std::
   decoder_logits(Lease().pool(), *decoder, hidden, rows, logits);
 }
 
-void specserve_grow_tree(const Decoder* decoder, const SequenceCache* cache, const std::int64_t* pending_tokens,
-                         std::int64_t pending, const TreeBounds* bounds, GrownTree* tree) {
-  grow_tree(Lease().pool(), *decoder, *cache, pending_tokens, pending, *bounds, *tree);
+void specserve_grow_trees(const Decoder* decoder, const KvCache* cache, std::int64_t block_size,
+                          const DraftSequence* sequences, std::int64_t count, GrownTree* trees) {
+  grow_trees(Lease().pool(), *decoder, *cache, block_size, sequences, count, trees);
+}
+
+void specserve_gumbel_noise(std::uint64_t seed, std::int64_t position, std::int64_t size, float* noise) {
+  gumbel_noise(seed, position, size, noise);
 }
 
 // cache: [planes, slots, slot_bytes].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 
 import torch
@@ -13,12 +13,11 @@ from kernels.native.structures import (
     AttentionBatchStruct,
     AttentionLayerStruct,
     DecoderStruct,
+    DraftSequenceStruct,
     GrownTreeStruct,
     KvCacheStruct,
     LinearStruct,
     MlpLayerStruct,
-    SequenceCacheStruct,
-    TreeBoundsStruct,
 )
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -62,17 +61,18 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         [POINTER(DecoderStruct), POINTER(KvCacheStruct), c_void_p, c_void_p, POINTER(AttentionBatchStruct), c_void_p],
     ),
     "specserve_decoder_logits": (None, [POINTER(DecoderStruct), c_void_p, c_int64, c_void_p]),
-    "specserve_grow_tree": (
+    "specserve_grow_trees": (
         None,
         [
             POINTER(DecoderStruct),
-            POINTER(SequenceCacheStruct),
-            POINTER(c_int64),
+            POINTER(KvCacheStruct),
             c_int64,
-            POINTER(TreeBoundsStruct),
+            POINTER(DraftSequenceStruct),
+            c_int64,
             POINTER(GrownTreeStruct),
         ],
     ),
+    "specserve_gumbel_noise": (None, [c_uint64, c_int64, c_int64, c_void_p]),
     "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
 }
 

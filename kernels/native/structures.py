@@ -5,7 +5,7 @@ A structure holds bare pointers: whoever makes one keeps the tensors alive besid
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 
 import torch
@@ -104,41 +104,57 @@ class KvCacheStruct(Structure):
     )
 
 
-class SequenceCacheStruct(Structure):
-    """SequenceCache of draft_loop.h."""
-
-    _fields_ = (
-        ("kv", KvCacheStruct),
-        ("block_table", POINTER(c_int32)),
-        ("max_blocks", c_int64),
-        ("block_size", c_int64),
-        ("length", c_int64),
-    )
-
-
 class TreeBoundsStruct(Structure):
-    """TreeBounds of draft_loop.h."""
+    """TreeBounds of tree_growth.h."""
 
     _fields_ = (
         ("max_nodes", c_int64),
         ("max_depth", c_int64),
         ("beam", c_int64),
         ("floor", c_float),
+        ("widths", c_void_p),
+    )
+
+
+class ChildRuleStruct(Structure):
+    """ChildRule of child_choice.h."""
+
+    _fields_ = (
         ("temperature", c_float),
-        ("widths", POINTER(c_int64)),
+        ("scale", c_float),
+        ("top_k", c_int64),
+        ("top_p", c_double),
+        ("min_p", c_float),
+        ("noisy", c_int32),
+        ("seed", c_uint64),
+    )
+
+
+class DraftSequenceStruct(Structure):
+    """DraftSequence of draft_loop.h."""
+
+    _fields_ = (
+        ("block_table", c_void_p),
+        ("blocks", c_int64),
+        ("length", c_int64),
+        ("pending", c_void_p),
+        ("pending_count", c_int64),
+        ("bounds", TreeBoundsStruct),
+        ("rule", ChildRuleStruct),
     )
 
 
 class GrownTreeStruct(Structure):
-    """GrownTree of draft_loop.h."""
+    """GrownTree of tree_growth.h."""
 
     _fields_ = (
-        ("token_ids", POINTER(c_int32)),
-        ("parents", POINTER(c_int32)),
-        ("confidences", POINTER(c_float)),
-        ("evaluated", POINTER(c_int32)),
+        ("token_ids", c_void_p),
+        ("parents", c_void_p),
+        ("confidences", c_void_p),
+        ("slot_tokens", c_void_p),
+        ("slot_parents", c_void_p),
         ("nodes", c_int64),
-        ("evaluated_count", c_int64),
+        ("slots", c_int64),
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from protos import speculator_pb2
 from services.common.tree_wire import sampling_from_wire, tree_to_wire
 from services.speculator import wire
-from services.speculator.drafter import DraftOrder, SessionKey
 from services.speculator.metrics import SpeculatorMetrics
+from services.speculator.session import DraftOrder, SessionKey
 from services.speculator.sources import DraftSource
 from speculation.children import ChildSelection
 from speculation.tree import TokenTree

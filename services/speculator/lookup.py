@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.speculator.drafter import DraftOrder, SessionKey
+from services.speculator.session import DraftOrder, SessionKey
 from speculation.children import ChildSelection
 from speculation.lookup import LookupBounds, LookupDraft, Reliability, grow_lookup_tree
 from speculation.sampling import SamplingParams

@@ -24,9 +24,10 @@ from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
 from services.common.tls import security_of
 from services.speculator.draft_service import DraftService
-from services.speculator.drafter import Drafter, DrafterSettings
+from services.speculator.drafter import Drafter
 from services.speculator.lookup import OutputLookup, PromptLookup
 from services.speculator.metrics import SpeculatorMetrics
+from services.speculator.session import DrafterSettings
 from services.speculator.settings import SpeculatorSettings
 from services.speculator.sources import DraftSource
 from speculation.calibration import Calibration, InvalidCalibration

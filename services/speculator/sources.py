@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from services.speculator.drafter import DraftOrder, SessionKey
+from services.speculator.session import DraftOrder, SessionKey
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protos import speculator_pb2
-from services.speculator.drafter import DraftOrder
+from services.speculator.session import DraftOrder
 from speculation.expansion import ChildSelection
 from speculation.suffix_index import SEPARATOR
 from speculation.tree import MAX_NODES

@@ -81,7 +81,7 @@ def test_slots(builder: Expansion, model_seed: int, accepted: list[int]) -> None
         if tuple(accepted[:length]) not in evaluated:
             break
         expected.append(evaluated[tuple(accepted[:length])])
-    assert builder.match(accepted) == expected
+    assert builder.slots().match(accepted) == expected
 
 
 @pytest.mark.parametrize("selection", ChildSelection)

@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry
 from protos import speculator_pb2
 from services.common.tree_wire import sampling_to_wire, tree_from_wire
 from services.speculator.draft_service import DraftService
-from services.speculator.drafter import DraftOrder, SessionKey
 from services.speculator.lookup import OutputLookup, PromptLookup
 from services.speculator.metrics import SpeculatorMetrics
+from services.speculator.session import DraftOrder, SessionKey
 from services.speculator.sources import DraftSource
 from services.speculator.wire import InvalidMessage
 from speculation.acceptance import AcceptanceRule

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from services.speculator.drafter import DraftOrder, SessionKey
 from services.speculator.lookup import INDEXED_AT_ONCE, OUTPUT_PIECE, LookupSource, OutputLookup, PromptLookup
+from services.speculator.session import DraftOrder, SessionKey
 from speculation.children import ChildSelection
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree

@@ -1,0 +1,12 @@
+// The noise of speculation/noise.py: a function of (seed, position, token) alone.
+#pragma once
+
+#include <cstdint>
+
+namespace specserve {
+
+// noise[t], for t < size: standard Gumbel noise of token t at a position. The integers behind it are those of
+// speculation/noise.py, the logarithms are computed in double precision, and the result is rounded to float.
+void gumbel_noise(std::uint64_t seed, std::int64_t position, std::int64_t size, float* noise);
+
+}  // namespace specserve
