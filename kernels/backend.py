@@ -27,6 +27,7 @@ from kernels.gated_product.reference import gated_product
 from kernels.kv_compaction import native as native_compaction
 from kernels.kv_compaction import reference as torch_compaction
 from kernels.native import native_available, native_status
+from kernels.native.memory import PackedMemory
 from kernels.packed_linear.native import NativeLinear
 from kernels.rms_norm.reference import rms_norm
 from kernels.rotated_write.reference import rotated_write
@@ -53,7 +54,8 @@ class PackLinear(Protocol):
 class Backend:
     """One implementation of every kernel. `reason` says why it was chosen, for the log and the health call.
 
-    pack_* copy the weights into the layout that the implementation wants; the caller may drop its own.
+    pack_* copy the weights into the layout that the implementation wants; the caller may drop its own. A backend is for
+    one model, whose weights are packed in the order in which a step uses them.
     int8: pack_* quantize matrices to int8, see `kernels.packed_linear.int8`.
     """
 
@@ -136,6 +138,7 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
 
 
 def _native_backend(reason: str, int8: bool = False) -> Backend:
+    memory = PackedMemory()
     return Backend(
         name="native",
         reason=reason,
@@ -143,9 +146,9 @@ def _native_backend(reason: str, int8: bool = False) -> Backend:
         tree_attention=native_attention.tree_attention,
         kv_compaction=native_compaction.kv_compaction,
         rms_norm=native_blocks.rms_norm,
-        pack_linear=partial(NativeLinear, int8=int8),
-        pack_attention=partial(native_blocks.NativeAttentionBlock, int8=int8),
-        pack_mlp=partial(native_blocks.NativeMlpBlock, int8=int8),
+        pack_linear=partial(NativeLinear, int8=int8, memory=memory),
+        pack_attention=partial(native_blocks.NativeAttentionBlock, int8=int8, memory=memory),
+        pack_mlp=partial(native_blocks.NativeMlpBlock, int8=int8, memory=memory),
         int8=int8,
     )
 

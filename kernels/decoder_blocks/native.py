@@ -11,6 +11,7 @@ import torch
 
 from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights, check_tensor
 from kernels.native.library import load
+from kernels.native.memory import PackedMemory
 from kernels.native.structures import AttentionLayerStruct, MlpLayerStruct, batch_struct, pointer
 from kernels.packed_linear.native import NativeLinear
 from kernels.tree_attention.native import KV_DTYPES
@@ -31,12 +32,15 @@ def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class NativeAttentionBlock:
-    """`kernels.blocks.AttentionBlock` in float32; the cache is float32 or bfloat16. int8: of the matrices."""
+    """`kernels.blocks.AttentionBlock` in float32; the cache is float32 or bfloat16.
 
-    def __init__(self, weights: AttentionWeights, *, int8: bool = False) -> None:
+    int8, memory: of the matrices, see `NativeLinear`.
+    """
+
+    def __init__(self, weights: AttentionWeights, *, int8: bool = False, memory: PackedMemory | None = None) -> None:
         self._library = load()
-        self._qkv = NativeLinear(weights.qkv, weights.qkv_bias, int8=int8)
-        self._output = NativeLinear(weights.output, weights.output_bias, int8=int8)
+        self._qkv = NativeLinear(weights.qkv, weights.qkv_bias, int8=int8, memory=memory)
+        self._output = NativeLinear(weights.output, weights.output_bias, int8=int8, memory=memory)
         self._norms = [_wide(norm) for norm in (weights.norm, weights.query_norm, weights.key_norm)]
         self._hidden = weights.hidden
         self.kv_shape = (2, None, weights.kv_heads, weights.head_dim)
@@ -77,12 +81,12 @@ class NativeAttentionBlock:
 
 
 class NativeMlpBlock:
-    """`kernels.blocks.MlpBlock` in float32. int8: of the matrices."""
+    """`kernels.blocks.MlpBlock` in float32. int8, memory: of the matrices, see `NativeLinear`."""
 
-    def __init__(self, weights: MlpWeights, *, int8: bool = False) -> None:
+    def __init__(self, weights: MlpWeights, *, int8: bool = False, memory: PackedMemory | None = None) -> None:
         self._library = load()
-        self._gate_up = NativeLinear(weights.gate_up, int8=int8, gated=True)
-        self._down = NativeLinear(weights.down, int8=int8)
+        self._gate_up = NativeLinear(weights.gate_up, int8=int8, gated=True, memory=memory)
+        self._down = NativeLinear(weights.down, int8=int8, memory=memory)
         self._norm = _wide(weights.norm)
         self._hidden = weights.hidden
         self.struct = MlpLayerStruct(self._gate_up.struct, self._down.struct, pointer(self._norm), weights.norm_eps)

@@ -8,6 +8,7 @@ import torch
 
 from kernels.blocks import check_tensor
 from kernels.native.library import load
+from kernels.native.memory import PackedMemory
 from kernels.native.structures import STORAGES, LinearStruct, pointer
 from kernels.packed_linear.int8 import quantize
 
@@ -23,10 +24,17 @@ class NativeLinear:
     int8: store the weights as int8, see `quantize`.
     gated: pack for a gated layer, where silu of the first half of the outputs multiplies the second half; only the MLP
         block can run it.
+    memory: where the packed weight goes, a place of its own by default.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False, gated: bool = False
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        int8: bool = False,
+        gated: bool = False,
+        memory: PackedMemory | None = None,
     ) -> None:
         if weight.dtype not in STORAGES or not weight.is_floating_point():
             raise ValueError(
@@ -36,7 +44,7 @@ class NativeLinear:
         weight, scales = quantize(weight.detach()) if int8 else (weight.detach().contiguous(), None)
         self._library = load()
         self._scales = scales
-        self._packed = self._pack(weight, gated)
+        self._packed = self._pack(weight, gated, memory)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         if self._bias is not None:
             check_tensor("bias", self._bias, (outputs,))
@@ -46,9 +54,10 @@ class NativeLinear:
         )
         self._gated = gated
 
-    def _pack(self, weight: torch.Tensor, gated: bool) -> torch.Tensor:
+    def _pack(self, weight: torch.Tensor, gated: bool, memory: PackedMemory | None) -> torch.Tensor:
         shape = (STORAGES[weight.dtype], gated, weight.shape[1], weight.shape[0])
-        packed = torch.empty(self._library.specserve_packed_words(*shape), dtype=torch.int32)
+        words = self._library.specserve_packed_words(*shape)
+        packed = torch.empty(words, dtype=torch.int32) if memory is None else memory.take(words)
         self._library.specserve_pack_linear(pointer(weight), *shape, pointer(packed))
         return packed
 
