@@ -9,7 +9,7 @@ namespace specserve {
 namespace {
 
 struct Buffers {
-  Buffer between, cos, sin, normed;
+  Buffer between, cos, sin;
 };
 
 Buffers& buffers() {
@@ -63,10 +63,7 @@ void decoder_forward(ThreadPool& pool, const Decoder& decoder, const KvCache& ca
 }
 
 void decoder_logits(ThreadPool& pool, const Decoder& decoder, const float* hidden, std::int64_t rows, float* logits) {
-  const std::int64_t size = decoder.head.inputs;
-  float* normed = buffers().normed.get(rows * size);
-  rms_norm(pool, hidden, decoder.final_norm, decoder.norm_eps, rows, size, normed);
-  packed_linear(pool, normed, rows, decoder.head, nullptr, logits);
+  packed_linear(pool, {hidden, rows, decoder.final_norm, decoder.norm_eps}, decoder.head, nullptr, logits);
 }
 
 }  // namespace specserve

@@ -29,10 +29,6 @@ struct MlpLayer {
   float norm_eps;
 };
 
-// out = x / sqrt(mean(x²) + eps) * weight, row by row; x, out: [rows, size], they may be the same.
-void rms_norm(ThreadPool& pool, const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t size,
-              float* out);
-
 // kv: [2, slots, kv_heads, head_dim]; hidden, out: [rows, hidden].
 void attention_block(ThreadPool& pool, const AttentionLayer& layer, const AttentionBatch& batch, const float* hidden,
                      void* kv, std::int64_t slots, bool kv_is_bfloat16, bool residual, float* out);

@@ -10,6 +10,7 @@
 #include "decoder_blocks.h"
 #include "draft_loop.h"
 #include "gumbel_noise.h"
+#include "rms_norm.h"
 
 using namespace specserve;
 
@@ -65,7 +66,7 @@ void specserve_pack_linear(const void* weight, std::int32_t storage, std::int32_
 }
 
 void specserve_packed_linear(const LinearWeights* weights, const float* x, std::int64_t rows, float* out) {
-  packed_linear(Lease().pool(), x, rows, *weights, nullptr, out);
+  packed_linear(Lease().pool(), {x, rows}, *weights, nullptr, out);
 }
 
 void specserve_rms_norm(const float* x, const float* weight, float eps, std::int64_t rows, std::int64_t size,

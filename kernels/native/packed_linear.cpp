@@ -1,7 +1,11 @@
 #include "packed_linear.h"
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
+
+#include "buffer.h"
+#include "rms_norm.h"
 
 namespace specserve {
 namespace {
@@ -14,9 +18,11 @@ constexpr int kTwoBlockRows = 3;
 // Inputs between two visits of the sums to memory, where several tiles share a block: so much of it stays in the L2 cache
 // while all rows pass over it. A multiple of every number of inputs in a word.
 constexpr std::int64_t kDepth = 1024;
-// Bytes that are fetched ahead of their use, and those of a cache line.
-constexpr std::int64_t kPrefetch = 2048;
+// Bytes that are fetched into the L2 cache ahead of their use, and those of a cache line.
+constexpr std::int64_t kPrefetch = 4096;
 constexpr std::int64_t kCacheLine = 64;
+// Inputs, of all rows, up to which each thread makes their norm for itself: cheaper than to wait for another's.
+constexpr std::int64_t kOwnNorm = 8192;
 // Rows that one item of work takes together, and the least multiply-adds that are worth an item.
 constexpr std::int64_t kItemRows = 96;
 constexpr std::int64_t kItemWork = 16384;
@@ -70,7 +76,7 @@ inline void multiply_word(const Tile& t, const float* x, const std::uint32_t* pa
                           Vec (&sums)[Rows][Blocks * kVecs]) {
   for (int b = 0; b < Blocks; ++b)
     for (std::int64_t byte = 0; byte < kBlock * 4; byte += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kPrefetch + byte);
+      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kPrefetch + byte, 0, 2);
   for (int index = 0; index < used; ++index) {
     Vec weights[Blocks * kVecs];
     for (int v = 0; v < Blocks * kVecs; ++v)
@@ -110,26 +116,34 @@ void run_tile_of(int rows, const Tile& t, bool fresh, float* totals) {
 }
 
 struct Product {
-  const float* x;
-  std::int64_t rows;
+  LinearInput input;
   const LinearWeights& weights;
   std::int64_t words, blocks;
 
-  Tile tile(std::int64_t row, std::int64_t block, std::int64_t k, std::int64_t depth) const {
+  Tile tile(const float* x, std::int64_t row, std::int64_t block, std::int64_t k, std::int64_t depth) const {
     const std::int64_t word = k / inputs_in_word(weights.storage);
     return {x + row * weights.inputs + k, weights.inputs, weights.packed + (block * words + word) * kBlock,
             words * kBlock, depth};
   }
 };
 
+// The rows with their norm, in memory of the calling thread.
+const float* normed_rows(const LinearInput& input, std::int64_t size) {
+  thread_local Buffer own;
+  float* normed = own.get(input.rows * size);
+  for (std::int64_t row = 0; row < input.rows; ++row)
+    norm_row(input.x + row * size, input.norm, input.norm_eps, size, normed + row * size);
+  return normed;
+}
+
 // One block, or two for few rows, times rows first..first+rows; finish(row, block, sums [kBlock]) takes each result.
 template <Storage kStorage, class Finish>
-void multiply_blocks(const Product& p, std::int64_t first, std::int64_t rows, std::int64_t block, std::int64_t blocks,
-                     const Finish& finish) {
+void multiply_blocks(const Product& p, const float* x, std::int64_t first, std::int64_t rows, std::int64_t block,
+                     std::int64_t blocks, const Finish& finish) {
   alignas(64) float totals[kItemRows * kBlock];
   const std::int64_t inputs = p.weights.inputs;
   if (blocks == 2) {
-    run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(rows), p.tile(first, block, 0, inputs), true, totals);
+    run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(rows), p.tile(x, first, block, 0, inputs), true, totals);
   } else {
     // as few tiles as possible, of sizes that differ by one at most
     const std::int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows, step = tiles == 1 ? inputs : kDepth;
@@ -137,7 +151,7 @@ void multiply_blocks(const Product& p, std::int64_t first, std::int64_t rows, st
       for (std::int64_t t = 0; t < tiles; ++t) {
         const std::int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
         run_tile_of<kStorage, 1, kMaxTileRows>(static_cast<int>(end - begin),
-                                               p.tile(first + begin, block, k, std::min(step, inputs - k)), k == 0,
+                                               p.tile(x, first + begin, block, k, std::min(step, inputs - k)), k == 0,
                                                totals + begin * kBlock);
       }
   }
@@ -145,36 +159,60 @@ void multiply_blocks(const Product& p, std::int64_t first, std::int64_t rows, st
     for (std::int64_t row = 0; row < rows; ++row) finish(first + row, block + b, totals + (b * rows + row) * kBlock);
 }
 
-template <Storage kStorage, class Finish>
-void multiply_all(ThreadPool& pool, const Product& p, const Finish& finish) {
-  const std::int64_t row_items = (p.rows + kItemRows - 1) / kItemRows;
-  const std::int64_t together = p.rows <= kTwoBlockRows ? 2 : 1;
-  const std::int64_t block_work = std::min(p.rows, kItemRows) * p.weights.inputs * kBlock * together;
-  const std::int64_t item_blocks = together * std::max<std::int64_t>(1, kItemWork / block_work);
-  const std::int64_t block_items = (p.blocks + item_blocks - 1) / item_blocks;
-  pool.parallel_for(static_cast<int>(row_items * block_items), [&](int item) {
-    const std::int64_t part = item / block_items, first = part * p.rows / row_items;
-    const std::int64_t rows = (part + 1) * p.rows / row_items - first, begin = item % block_items * item_blocks;
-    const std::int64_t end = std::min(begin + item_blocks, p.blocks);
-    for (std::int64_t block = begin; block < end; block += together)
-      multiply_blocks<kStorage>(p, first, rows, block, std::min(together, end - block), finish);
+// How a product is cut into items: so many blocks of so many rows.
+struct Cut {
+  std::int64_t row_items, block_items, item_blocks;
+  std::int64_t together;  // blocks that pass over the rows side by side
+
+  // item_blocks is a multiple of `multiple`.
+  Cut(const Product& p, std::int64_t multiple) {
+    const std::int64_t rows = p.input.rows;
+    row_items = (rows + kItemRows - 1) / kItemRows;
+    together = rows <= kTwoBlockRows ? 2 : 1;
+    const std::int64_t unit = std::lcm(together, multiple);
+    const std::int64_t unit_work = std::min(rows, kItemRows) * p.weights.inputs * kBlock * unit;
+    item_blocks = unit * std::max<std::int64_t>(1, kItemWork / unit_work);
+    block_items = (p.blocks + item_blocks - 1) / item_blocks;
+  }
+};
+
+// finish(row, block, sums [kBlock]) takes each result, next(first row, end of rows, first block, end of blocks) all those
+// of an item, which has a multiple of `multiple` blocks.
+template <Storage kStorage, class Finish, class Next>
+void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Finish& finish, const Next& next) {
+  const Cut cut(p, multiple);
+  const auto prepare = [&](int) { return p.input.norm ? normed_rows(p.input, p.weights.inputs) : p.input.x; };
+  pool.parallel_for(static_cast<int>(cut.row_items * cut.block_items), prepare, [&](const float* x, int item) {
+    const std::int64_t part = item / cut.block_items, first = part * p.input.rows / cut.row_items;
+    const std::int64_t end = (part + 1) * p.input.rows / cut.row_items;
+    const std::int64_t block = item % cut.block_items * cut.item_blocks;
+    const std::int64_t block_end = std::min(block + cut.item_blocks, p.blocks);
+    for (std::int64_t b = block; b < block_end; b += cut.together)
+      multiply_blocks<kStorage>(p, x, first, end - first, b, std::min(cut.together, block_end - b), finish);
+    next(first, end, block, block_end);
   });
 }
 
-template <class Finish>
-void multiply(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights, bool gated,
-              const Finish& finish) {
-  if (rows == 0) return;
-  const Product p{x, rows, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
+template <class Finish, class Next>
+void multiply(ThreadPool& pool, LinearInput input, const LinearWeights& weights, bool gated, std::int64_t multiple,
+              const Finish& finish, const Next& next) {
+  if (input.rows == 0) return;
+  if (input.norm && input.rows * weights.inputs > kOwnNorm) {
+    thread_local Buffer normed;
+    float* rows = normed.get(input.rows * weights.inputs);
+    rms_norm(pool, input.x, input.norm, input.norm_eps, input.rows, weights.inputs, rows);
+    input = {rows, input.rows};
+  }
+  const Product p{input, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
   switch (weights.storage) {
     case Storage::kFloat32:
-      return multiply_all<Storage::kFloat32>(pool, p, finish);
+      return multiply_all<Storage::kFloat32>(pool, p, multiple, finish, next);
     case Storage::kBFloat16:
-      return multiply_all<Storage::kBFloat16>(pool, p, finish);
+      return multiply_all<Storage::kBFloat16>(pool, p, multiple, finish, next);
     case Storage::kFloat16:
-      return multiply_all<Storage::kFloat16>(pool, p, finish);
+      return multiply_all<Storage::kFloat16>(pool, p, multiple, finish, next);
     case Storage::kInt8:
-      return multiply_all<Storage::kInt8>(pool, p, finish);
+      return multiply_all<Storage::kInt8>(pool, p, multiple, finish, next);
   }
 }
 
@@ -221,9 +259,9 @@ void pack_linear(const void* weight, Storage storage, bool gated, std::int64_t i
   }
 }
 
-void packed_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights,
-                   const float* residual, float* out) {
-  multiply(pool, x, rows, weights, false, [&](std::int64_t row, std::int64_t block, const float* sums) {
+void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, const float* residual,
+                   float* out, const OutputUse& next) {
+  const auto finish = [&](std::int64_t row, std::int64_t block, const float* sums) {
     for (std::int64_t lane = 0; lane < kBlock; lane += kLanes) {
       const std::int64_t output = block * kBlock + lane, place = row * weights.outputs + output;
       const int count = static_cast<int>(std::min<std::int64_t>(kLanes, weights.outputs - output));
@@ -234,12 +272,16 @@ void packed_linear(ThreadPool& pool, const float* x, std::int64_t rows, const Li
       if (residual) value += load_first(residual + place, count);
       store_first(value, out + place, count);
     }
-  });
+  };
+  const auto use = [&](std::int64_t row, std::int64_t row_end, std::int64_t block, std::int64_t block_end) {
+    if (next.use) next.use(row, row_end, block * kBlock, std::min(block_end * kBlock, weights.outputs));
+  };
+  multiply(pool, input, weights, false, std::lcm(next.multiple, std::int64_t{kBlock}) / kBlock, finish, use);
 }
 
-void gated_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights, float* out) {
+void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, float* out) {
   const std::int64_t units = weights.outputs / 2;
-  multiply(pool, x, rows, weights, true, [&](std::int64_t row, std::int64_t block, const float* sums) {
+  const auto finish = [&](std::int64_t row, std::int64_t block, const float* sums) {
     const std::int64_t unit = block * kLanes;
     const int count = static_cast<int>(std::min<std::int64_t>(kLanes, units - unit));
     Vec gate = load(sums), up = load(sums + kLanes);
@@ -248,7 +290,8 @@ void gated_linear(ThreadPool& pool, const float* x, std::int64_t rows, const Lin
       up *= load_first(weights.scales + units + unit, count);
     }
     store_first(gate / (1.0f + exp(-gate)) * up, out + row * units + unit, count);
-  });
+  };
+  multiply(pool, input, weights, true, 1, finish, [](auto...) {});
 }
 
 }  // namespace specserve

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "simd.h"
 #include "thread_pool.h"
@@ -34,15 +35,31 @@ std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std:
 void pack_linear(const void* weight, Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs,
                  std::uint32_t* packed);
 
+// The rows that a linear layer takes.
+struct LinearInput {
+  const float* x;  // [rows, inputs]
+  std::int64_t rows;
+  const float* norm = nullptr;  // [inputs], the weight of an RMS norm that the rows pass first, or null
+  float norm_eps = 0.0f;
+};
+
+// What follows a linear layer, output by output: use(first row, end of rows, first output, end of outputs) is called for
+// outputs that have just been computed, by the thread that computed them. `first output` is a multiple of `multiple`, and
+// so is the end unless it is the end of all.
+struct OutputUse {
+  std::int64_t multiple = 1;
+  std::function<void(std::int64_t, std::int64_t, std::int64_t, std::int64_t)> use;
+};
+
 // out [rows, outputs] = (x [rows, inputs] weightᵀ) scales + bias + residual (each of the three may be null).
 //
 // Output (r, o) is the chain fma(x[r][k], w[o][k], ·) over k = 0, 1, ...: a row's bits do not depend on the other rows,
 // on the number of threads, on which thread computes it, or on the storage of a weight that both can represent.
-void packed_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights,
-                   const float* residual, float* out);
+void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, const float* residual,
+                   float* out, const OutputUse& next = {});
 
 // out [rows, m] = silu(gate) up, with gate and up the two halves of x weightᵀ, weights packed as a gated matrix of
 // outputs = 2 m, without bias, and silu(z) = z / (1 + e^-z).
-void gated_linear(ThreadPool& pool, const float* x, std::int64_t rows, const LinearWeights& weights, float* out);
+void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, float* out);
 
 }  // namespace specserve

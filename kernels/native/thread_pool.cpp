@@ -58,26 +58,29 @@ void ThreadPool::run(int items, Call call, const void* context) {
     const std::lock_guard<std::mutex> lock(sleep_mutex_);
     wake_.notify_all();
   }
-  run_items(0);
+  take_part(0);
   const auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
   while (!spin_until(finished)) std::this_thread::yield();
 }
 
-// The thread's own range, then the others'.
-void ThreadPool::run_items(int thread) {
-  for (int i = 0; i < threads_; ++i)
-    while (run_one_item((thread + i) % threads_)) {
-    }
+// Runs what the thread can claim of the loop.
+void ThreadPool::take_part(int thread) {
+  Claims claims(*this, thread);
+  if (!claims.next()) return;
+  call_(context_, claims);
+  unfinished_.fetch_sub(claims.taken(), std::memory_order_release);
 }
 
-bool ThreadPool::run_one_item(int range) {
-  std::atomic<int>& unclaimed = ranges_[range].unclaimed;
-  int left = unclaimed.load(std::memory_order_relaxed);
-  while (left > 0) {
-    if (unclaimed.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
-      // The loop cannot end before this item has, so call_, context_ and items_ are its own.
-      call_(context_, first_item(range + 1) - left);
-      unfinished_.fetch_sub(1, std::memory_order_release);
+// The thread's own range, then the others'.
+bool ThreadPool::Claims::next() {
+  for (; ranges_left_behind_ < pool_.threads_; ++ranges_left_behind_) {
+    const int range = (thread_ + ranges_left_behind_) % pool_.threads_;
+    std::atomic<int>& unclaimed = pool_.ranges_[range].unclaimed;
+    int left = unclaimed.load(std::memory_order_relaxed);
+    while (left > 0) {
+      if (!unclaimed.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_relaxed)) continue;
+      item_ = pool_.first_item(range + 1) - left;
+      ++taken_;
       return true;
     }
   }
@@ -91,7 +94,7 @@ bool ThreadPool::any_unclaimed() const {
 }
 
 void ThreadPool::work(int thread) {
-  while (wait_for_items()) run_items(thread);
+  while (wait_for_items()) take_part(thread);
 }
 
 // False when the pool is being destroyed.

@@ -25,16 +25,44 @@ class ThreadPool {
   // takes what nobody has claimed of the others' ranges: a worker that gets no processor delays nobody.
   template <class Body>
   void parallel_for(int items, const Body& body) {
+    parallel_for(items, [](int) { return 0; }, [&](int, int item) { body(item); });
+  }
+
+  // The same with body(prepared, item): each thread that takes part calls prepare(its first item) before it.
+  template <class Prepare, class Body>
+  void parallel_for(int items, const Prepare& prepare, const Body& body) {
     if (items <= 0) return;
     if (items == 1 || threads_ == 1) {
-      for (int item = 0; item < items; ++item) body(item);
+      const auto prepared = prepare(0);
+      for (int item = 0; item < items; ++item) body(prepared, item);
       return;
     }
-    run(items, [](const void* context, int item) { (*static_cast<const Body*>(context))(item); }, &body);
+    const auto share = [&](Claims& claims) {
+      const auto prepared = prepare(claims.item());
+      do body(prepared, claims.item());
+      while (claims.next());
+    };
+    run(items, [](const void* context, Claims& claims) { (*static_cast<const decltype(share)*>(context))(claims); },
+        &share);
   }
 
  private:
-  using Call = void (*)(const void*, int);
+  // The items of one loop that one thread claims, one after the other. Until they are reported as done the loop goes on.
+  class Claims {
+   public:
+    Claims(ThreadPool& pool, int thread) : pool_(pool), thread_(thread) {}
+    int item() const { return item_; }
+    int taken() const { return taken_; }
+    // Moves on to the next item; false when none is left.
+    bool next();
+
+   private:
+    ThreadPool& pool_;
+    const int thread_;
+    int item_ = 0, taken_ = 0, ranges_left_behind_ = 0;
+  };
+
+  using Call = void (*)(const void*, Claims&);
 
   // The items of one thread that nobody has claimed yet; claiming takes the first of them.
   struct alignas(64) Range {
@@ -45,14 +73,13 @@ class ThreadPool {
     return static_cast<int>(static_cast<std::int64_t>(items_) * thread / threads());
   }
   void run(int items, Call call, const void* context);
-  void run_items(int thread);
-  bool run_one_item(int range);
+  void take_part(int thread);
   bool any_unclaimed() const;
   void work(int thread);
   bool wait_for_items();
 
   const int threads_;
-  // Written by the caller while no item is unclaimed or unfinished; read by a thread after it has claimed an item.
+  // Written by the caller while no item is unclaimed or unfinished; read by a thread that has claimed an item of the loop.
   Call call_ = nullptr;
   const void* context_ = nullptr;
   int items_ = 0;

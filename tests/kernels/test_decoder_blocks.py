@@ -202,6 +202,15 @@ def test_tree_nodes_have_the_bits_of_plain_decoding(layer: Layer, kv_dtype: torc
         assert torch.equal(alone[0], tree[node])
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_row_does_not_depend_on_the_number_of_rows(layer: Layer) -> None:
+    """So many rows that their norm is made together, and so few that each thread makes it for itself."""
+    mlp, hidden = NativeMlpBlock(mlp_weights(layer)), torch.randn(400, layer.hidden)
+    together = mlp(hidden, residual=True)
+    for few in (1, 5, 16):
+        assert torch.equal(torch.cat([mlp(part, residual=True) for part in hidden.split(few)]), together)
+
+
 def test_wrong_operands_are_named() -> None:
     layer = LAYERS[0]
     block = NativeAttentionBlock(attention_weights(layer))
