@@ -104,9 +104,6 @@ class LocalSpeculator:
     def flush(self) -> None:
         """Endings are passed on at once."""
 
-    def close(self) -> None:
-        """The models live on for the next run."""
-
 
 def decode(
     bench: Bench, runner: Runner, drafting: Drafting, prompts: Sequence[Tokens], new_tokens: int, seed: int

@@ -56,9 +56,6 @@ class DraftSource(Protocol):
     def flush(self) -> None:
         """Pass the endings on, without waiting for the next step."""
 
-    def close(self) -> None:
-        """End the stream and the reconnecting."""
-
 
 @dataclass(frozen=True)
 class DraftSettings:
@@ -120,10 +117,6 @@ class DraftCollector:
     def flush(self) -> None:
         for source in self.sources:
             source.flush()
-
-    def close(self) -> None:
-        for source in self.sources:
-            source.close()
 
     def _selection(self, plan: SequencePlan) -> ChildSelection:
         return resolve_rule(self.settings.rule, plan.sequence.request.sampling).selection

@@ -80,7 +80,6 @@ class Engine:
             self._lock.notify()
         # After abort() the step under way may never end.
         self._thread.join(0 if self._aborted else timeout_s)
-        self.drafts.close()
 
     def abort(self, reason: Exception) -> None:
         """End all requests at once so that another verifier can go on with them; no step follows.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +22,14 @@ from services.common.grpc_setup import Endpoint, StatusError, aio_server, servin
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts, ModelMismatch
-from services.common.tls import Security, security_of
+from services.common.tls import security_of
 from services.verifier import wire
 from services.verifier.budget import DraftBudget, WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine, EngineStopped
 from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.metrics import VerifierMetrics
+from services.verifier.outbox import Outbox
 from services.verifier.ranks import joined, options_of
 from services.verifier.request import InvalidRequest, QueueFull, Sink, StepOutput
 from services.verifier.runner import Runner
@@ -50,38 +49,13 @@ ADMITTED = (("specserve-admitted", "1"),)
 Outputs = asyncio.Queue[StepOutput | Exception]
 
 
-class Outbox:
-    """From the engine's thread to the queues of an event loop, which is woken once for all that a step gives."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._entries: deque[tuple[Outputs, StepOutput | Exception]] = deque()
-        self._lock = threading.Lock()
-        self._woken = False
-
-    def put(self, queue: Outputs, output: StepOutput | Exception) -> None:
-        """From any thread."""
-        with self._lock:
-            self._entries.append((queue, output))
-            wake, self._woken = not self._woken, True
-        if wake:
-            self._loop.call_soon_threadsafe(self._pass_on)
-
-    def _pass_on(self) -> None:
-        with self._lock:
-            entries, self._entries = self._entries, deque()
-            self._woken = False
-        for queue, output in entries:
-            queue.put_nowait(output)
-
-
 class Servicer(VerifierServicer):
     """Generate streams what the engine gives; a cancelled call frees its sequence before the next step."""
 
-    def __init__(self, engine: Engine, facts: ModelFacts) -> None:
+    def __init__(self, engine: Engine, facts: ModelFacts, outbox: Outbox) -> None:
         self._engine = engine
         self._facts = facts
-        self._outbox = Outbox(asyncio.get_running_loop())
+        self._outbox = outbox
 
     async def GetModelInfo(
         self, request: tree_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext[object, object]
@@ -139,19 +113,38 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle, place: Place |
         metrics = VerifierMetrics(lifecycle.registry)
         runner = Runner(loaded.model, loaded.cache)
         budget = await asyncio.to_thread(_budget, settings, loaded, runner, metrics)
-        links = await _connect(settings, security, loaded.facts, metrics)
+        outbox = Outbox(asyncio.get_running_loop())
+        links = [SpeculatorLink(at, security, loaded.facts, metrics, outbox) for at in settings.speculator]
         engine = _build_engine(settings, loaded, runner, budget, links, metrics, lifecycle)
         server = aio_server(lifecycle)
-        add_VerifierServicer_to_server(Servicer(engine, loaded.facts), server)
+        add_VerifierServicer_to_server(Servicer(engine, loaded.facts, outbox), server)
         endpoint = Endpoint(settings.host, settings.port, settings.health_port)
         if group is not None:
             group.on_failure = engine.abort
-        async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
+        async with (
+            _connected(links, settings.speculator_wait_s),
+            serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)),
+        ):
             engine.start()
             try:
                 yield
             finally:
                 await asyncio.to_thread(engine.stop)  # before the server: what is open ends with UNAVAILABLE
+
+
+@asynccontextmanager
+async def _connected(links: Sequence[SpeculatorLink], wait_s: float) -> AsyncIterator[None]:
+    """Links that connect, each waited for so long; StartupError when one's models do not fit the LLM."""
+    async with AsyncExitStack() as stack:
+        for link in links:
+            await stack.enter_async_context(link.connecting())
+        try:
+            for link in links:
+                if not await link.wait_connected(wait_s):
+                    log.warning("speculator not there yet; decoding starts without it", extra={"at": link.address})
+        except ModelMismatch as error:
+            raise StartupError(str(error)) from None
+        yield
 
 
 def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepModel]:
@@ -168,27 +161,12 @@ def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepMo
     )
 
 
-async def _connect(
-    settings: VerifierSettings, security: Security, facts: ModelFacts, metrics: VerifierMetrics
-) -> list[SpeculatorLink]:
-    links = [SpeculatorLink(address, security, facts, metrics) for address in settings.speculator]
-    try:
-        for link in links:
-            if not await asyncio.to_thread(link.wait_connected, settings.speculator_wait_s):
-                log.warning("speculator not there yet; decoding starts without it", extra={"at": link.address})
-    except ModelMismatch as error:
-        for link in links:
-            link.close()
-        raise StartupError(str(error)) from None
-    return links
-
-
 def _build_engine(
     settings: VerifierSettings,
     loaded: LoadedModel[StepModel],
     runner: Runner,
     budget: DraftBudget,
-    links: list[SpeculatorLink],
+    links: Sequence[SpeculatorLink],
     metrics: VerifierMetrics,
     lifecycle: Lifecycle,
 ) -> Engine:

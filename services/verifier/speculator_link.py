@@ -6,22 +6,24 @@ silent or lost one has its stream ended and is connected again with backoff. Not
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
-from services.common.grpc_setup import channel
+from services.common.grpc_setup import aio_channel
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
 from services.common.tls import Security
 from services.verifier import wire
 from services.verifier.drafts import DraftOrder
 from services.verifier.metrics import VerifierMetrics
+from services.verifier.outbox import Outbox
 from services.verifier.sequence import Sequence as RunningSequence
 from speculation.tree import InvalidTree, TokenTree
 
@@ -33,33 +35,47 @@ LONGEST_BACKOFF_S = 10.0
 # A speculator that has not answered for so long is taken for hung; until then it may be computing a long prompt.
 HUNG_AFTER_S = 10.0
 
+_Call = grpc.aio.StreamStreamCall[speculator_pb2.SpeculateRequest, speculator_pb2.SpeculateResponse]
+
 
 class SpeculatorLink:
-    """A `DraftSource` over gRPC. A thread of its own connects and reads; the engine's thread sends and waits.
+    """A `DraftSource` over gRPC. The event loop connects, writes and reads; the engine's thread gives and waits.
 
     The first failure to connect is not an error: the engine decodes plainly until the speculator is there. A speculator
     with another tokenizer is refused, again at each reconnection.
     """
 
-    def __init__(self, address: str, security: Security, llm: ModelFacts, metrics: VerifierMetrics) -> None:
+    def __init__(
+        self, address: str, security: Security, llm: ModelFacts, metrics: VerifierMetrics, outbox: Outbox
+    ) -> None:
         self.address = address
         self._security = security
         self._llm = llm
         self._metrics = metrics
+        self._outbox = outbox
+        self._loop = asyncio.get_running_loop()
         self._stream: _Stream | None = None
-        self._closing = threading.Event()
-        self._settled = threading.Event()
+        self._settled = asyncio.Event()
         self._mismatch: ModelMismatch | None = None
-        self._thread = threading.Thread(target=self._run, name=f"speculator {address}", daemon=True)
-        self._thread.start()
 
-    def wait_connected(self, timeout_s: float) -> bool:
+    @asynccontextmanager
+    async def connecting(self) -> AsyncIterator[None]:
+        """Inside the context the link connects, and again whenever it is lost."""
+        connecting = asyncio.create_task(self._connect_for_ever())
+        try:
+            yield
+        finally:
+            connecting.cancel()
+            await asyncio.wait({connecting})
+
+    async def wait_connected(self, timeout_s: float) -> bool:
         """Wait for the first connection; False when the speculator is not there in time.
 
         Raises:
             ModelMismatch: it is there, but its models do not fit the LLM.
         """
-        self._settled.wait(timeout_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._settled.wait(), timeout_s)
         if self._mismatch is not None:
             raise self._mismatch
         return self._stream is not None
@@ -102,44 +118,38 @@ class SpeculatorLink:
         if (stream := self._stream) is not None:
             stream.flush()
 
-    def close(self) -> None:
-        self._closing.set()
-        if (stream := self._stream) is not None:
-            stream.cancel()
-        self._thread.join(CONNECT_TIMEOUT_S + 1)
-
     def _drop(self, stream: _Stream, reason: str, message: str) -> None:
         self._stream = None
-        stream.cancel()
+        self._loop.call_soon_threadsafe(stream.cancel)
         self._metrics.speculator_failures.labels(self.address, reason).inc()
         log.warning("speculator dropped; decoding goes on without it", extra={"at": self.address, "reason": message})
 
-    def _run(self) -> None:
+    async def _connect_for_ever(self) -> None:
         backoff = FIRST_BACKOFF_S
-        while not self._closing.is_set():
+        while True:
             started = time.monotonic()
             try:
                 # a channel for each attempt, so that it has the newest certificates
-                with channel(self.address, self._security) as connection:
-                    self._connect_and_read(connection)
+                async with aio_channel(self.address, self._security) as connection:
+                    await self._connect_and_read(connection)
             except ModelMismatch as error:
                 self._mismatch = error
                 log.error("speculator refused", extra={"at": self.address, "reason": str(error)})
                 backoff = LONGEST_BACKOFF_S
+                self._settled.set()
             except grpc.RpcError as error:
                 log.warning("speculator unreachable", extra={"at": self.address, "reason": wire.status_of(error)})
-            self._metrics.speculator_up.labels(self.address).set(0)
-            if self._mismatch:
-                self._settled.set()
+            finally:
+                self._metrics.speculator_up.labels(self.address).set(0)
             if time.monotonic() - started > LONGEST_BACKOFF_S:
                 backoff = FIRST_BACKOFF_S
-            self._closing.wait(backoff)
+            await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LONGEST_BACKOFF_S)
 
-    def _connect_and_read(self, connection: grpc.Channel) -> None:
+    async def _connect_and_read(self, connection: grpc.aio.Channel) -> None:
         """Connect, then pass responses on until the stream ends; grpc.RpcError when there is no connection."""
         stub = SpeculatorStub(connection)
-        models = stub.ListModels(tree_pb2.ModelInfoRequest(), timeout=CONNECT_TIMEOUT_S).models
+        models = (await stub.ListModels(tree_pb2.ModelInfoRequest(), timeout=CONNECT_TIMEOUT_S)).models
         names = []
         for message in models:
             facts = ModelFacts.from_wire(message)
@@ -147,26 +157,27 @@ class SpeculatorLink:
             names.append(facts.model)
         self._mismatch = None
         # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
-        stream = _Stream(stub, max(1, len(names)), self._llm)
+        call = stub.Speculate(metadata=((TOKENIZER_METADATA, self._llm.tokenizer_identity),))
+        stream = _Stream(call, max(1, len(names)), self._outbox)
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)
         log.info("speculator connected", extra={"at": self.address, "models": names})
-        try:
-            stream.read()
-            reason = "the speculator ended the stream"
-        except grpc.RpcError as error:
-            reason = wire.status_of(error)
-        if self._stream is stream and not self._closing.is_set():
+        reason = await stream.run()
+        if self._stream is stream:
             self._drop(stream, "unavailable", reason)
 
 
 class _Stream:
-    """One Speculate call and what the speculator knows at its other end."""
+    """One Speculate call and what the speculator knows at its other end.
 
-    def __init__(self, stub: SpeculatorStub, models: int, llm: ModelFacts) -> None:
+    `run` and `cancel` are the event loop's, everything else is the engine's thread's.
+    """
+
+    def __init__(self, call: _Call, models: int, outbox: Outbox) -> None:
         self.models = models
-        self._requests: queue.SimpleQueue[speculator_pb2.SpeculateRequest | None] = queue.SimpleQueue()
+        self._outbox = outbox
+        self._requests: asyncio.Queue[speculator_pb2.SpeculateRequest] = asyncio.Queue()
         self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
         self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
         self._ended: list[int] = []
@@ -174,9 +185,7 @@ class _Stream:
         self._orders: dict[int, DraftOrder] = {}
         self._unanswered = 0  # the step whose answer is outstanding; 0 for none
         self._sent_at = 0.0
-        self._call = stub.Speculate(
-            iter(self._requests.get, None), metadata=((TOKENIZER_METADATA, llm.tokenizer_identity),)
-        )
+        self._call = call
 
     def behind(self) -> float:
         """For how long an answer to an earlier step has been outstanding, in seconds; 0 when none is."""
@@ -192,7 +201,7 @@ class _Stream:
         self.flush()
         self._unanswered, self._sent_at = step, time.monotonic()
         self._orders = {order.sequence.id: order for order in orders}
-        self._requests.put(wire.speculate_request(step, orders, self._known))
+        self._outbox.put(self._requests, wire.speculate_request(step, orders, self._known))
         for order in orders:
             self._known[order.sequence.id] = len(order.sequence.tokens)
 
@@ -228,20 +237,34 @@ class _Stream:
     def flush(self) -> None:
         """Two messages: within one, closing comes before advancing."""
         if self._last_tokens:
-            self._requests.put(wire.last_tokens(self._last_tokens))
+            self._outbox.put(self._requests, wire.last_tokens(self._last_tokens))
             self._last_tokens = {}
         if self._ended:
-            self._requests.put(speculator_pb2.SpeculateRequest(close=self._ended))
+            self._outbox.put(self._requests, speculator_pb2.SpeculateRequest(close=self._ended))
             self._ended = []
 
-    def read(self) -> None:
-        """Pass responses to the engine's thread until the call ends; grpc.RpcError when it fails."""
+    async def run(self) -> str:
+        """Pass messages on, both ways, until the call ends; why it did."""
+        writing = asyncio.create_task(self._write())
         try:
-            for response in self._call:
+            while isinstance(response := await self._call.read(), speculator_pb2.SpeculateResponse):
                 self._responses.put(response)
+            return "the speculator ended the stream"
+        except grpc.RpcError as error:
+            return wire.status_of(error)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise  # the task's own end, not the call's
+            return "the stream was cancelled"
         finally:
             self._responses.put(None)
-            self._requests.put(None)
+            writing.cancel()
+            self._call.cancel()
+
+    async def _write(self) -> None:
+        with suppress(grpc.RpcError, asyncio.InvalidStateError):  # the call has ended, which `run` is told
+            while True:
+                await self._call.write(await self._requests.get())
 
     def cancel(self) -> None:
         self._call.cancel()
