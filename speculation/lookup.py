@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from speculation.suffix_index import MAX_MATCH, SuffixIndex
 from speculation.tree import TokenTree
@@ -62,12 +64,11 @@ class LookupBounds:
         return self.widths[depth] if depth < len(self.widths) else 0
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """What is said of the token behind a node: that it is one of `token_ids`, because `length` tokens match."""
 
     length: int
-    token_ids: frozenset[int]
+    token_ids: Container[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +80,20 @@ class LookupDraft:
 
     def teach(self, reliability: Reliability, token_ids: Sequence[int]) -> None:
         """Compare the claims with the tokens that really follow the root."""
-        below = {edge: node for node, edge in enumerate(zip(self.tree.parents, self.tree.token_ids, strict=True))}
         node: int | None = 0
         for token_id in token_ids:
             if node is None or (claim := self.claims.get(node)) is None:
                 return
-            reliability.learn(claim.length, token_id in claim.token_ids)
-            node = below.get((node, token_id))
+            hit = token_id in claim.token_ids
+            reliability.learn(claim.length, hit)
+            node = self._child(node, token_id) if hit else None
+
+    def _child(self, node: int, token_id: int) -> int | None:
+        tree = self.tree
+        for child in range(node + 1, len(tree.token_ids)):
+            if tree.parents[child] == node and tree.token_ids[child] == token_id:
+                return child
+        return None
 
 
 def grow_lookup_tree(
@@ -101,30 +109,33 @@ def grow_lookup_tree(
     claims: dict[int, Claim] = {}
     floor = math.log(bounds.floor) if bounds.floor > 0 else -math.inf
     # (-confidence, number, parent, token, positions behind it); of equal ones that with the newest occurrence is first.
-    open_nodes: list[tuple[float, int, int, int, list[int]]] = []
-    number = 0
-
-    def expand(node: int, positions: Sequence[int]) -> None:
-        nonlocal number
-        following = index.following(positions)
-        if (width := bounds.width(depths[node])) == 0 or not following:
-            return
-        length = found.length + depths[node]
-        claims[node] = Claim(min(length, MAX_MATCH), frozenset(following))
-        share = reliability.of(length) / sum(map(len, following.values()))
-        for token_id, behind in sorted(following.items(), key=lambda group: -len(group[1]))[:width]:
-            if share > 0 and (confidence := confidences[node] + math.log(share * len(behind))) >= floor:
-                heapq.heappush(open_nodes, (-confidence, number, node, token_id, behind))
-                number += 1
-
-    if bounds.nodes > 0:
-        expand(0, found.positions)
-    while open_nodes and len(token_ids) <= bounds.nodes:
-        negative, _, parent, token_id, behind = heapq.heappop(open_nodes)
+    open_nodes: list[tuple[float, int, int, int, Sequence[int]]] = []
+    numbers = itertools.count()
+    node = 0
+    positions: Sequence[int] = found.positions if bounds.nodes > 0 else ()
+    while True:
+        width = bounds.width(depths[node])
+        if following := index.following(positions) if width else None:
+            length = found.length + depths[node]
+            claims[node] = Claim(length, following)
+            share = reliability.of(length) / sum(map(len, following.values()))
+            for token_id, behind in _most_frequent(following, width):
+                if share > 0 and (confidence := confidences[node] + math.log(share * len(behind))) >= floor:
+                    heapq.heappush(open_nodes, (-confidence, next(numbers), node, token_id, behind))
+        if not open_nodes or len(token_ids) > bounds.nodes:
+            break
+        negative, _, parent, token_id, positions = heapq.heappop(open_nodes)
+        node = len(token_ids)
         token_ids.append(token_id)
         parents.append(parent)
         depths.append(depths[parent] + 1)
         confidences.append(-negative)
-        expand(len(token_ids) - 1, behind)
     tree = TokenTree(tuple(token_ids), tuple(parents), source=source, confidences=tuple(confidences))
     return LookupDraft(tree, claims)
+
+
+def _most_frequent(following: Mapping[int, Sequence[int]], width: int) -> Iterable[tuple[int, Sequence[int]]]:
+    """The tokens with the most positions behind them; of equal ones the order stays."""
+    if len(following) == 1:
+        return following.items()
+    return sorted(following.items(), key=lambda group: -len(group[1]))[:width]

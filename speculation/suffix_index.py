@@ -38,6 +38,9 @@ class Occurrences:
     length: int = 0
 
 
+NO_OCCURRENCES = Occurrences()
+
+
 class SuffixIndex:
     """An index over texts that grows at its end and, with a capacity, forgets at its beginning.
 
@@ -92,39 +95,48 @@ class SuffixIndex:
         key = _LONG
         for token_id in tail[-LONG_MATCH:]:
             key = (key << 32 | token_id) & _LONG
-        matches: list[tuple[int, int]] = []
-        if len(tail) >= LONG_MATCH:
-            matches = self._walk(self._long_heads.get(key, -1), self._long_links, tail)
-        if not matches and len(tail) >= MIN_MATCH:
-            matches = self._walk(self._short_heads.get(key & _SHORT, -1), self._short_links, tail)
-        longest = max((length for _, length in matches), default=0)
-        return Occurrences(tuple(position for position, length in matches if length == longest), longest)
+        if len(tail) >= LONG_MATCH and (head := self._long_heads.get(key)) is not None:
+            found = self._walk(head, self._long_links, tail, LONG_MATCH)
+            if found.positions:
+                return found
+        if len(tail) >= MIN_MATCH and (head := self._short_heads.get(key & _SHORT)) is not None:
+            return self._walk(head, self._short_links, tail, MIN_MATCH)
+        return NO_OCCURRENCES
 
     def following(self, positions: Sequence[int]) -> dict[int, list[int]]:
         """By the token at each position, in the order given: the positions behind it. Ends of texts are left out."""
         tokens, first, end = self._tokens, self._first, self._first + len(self._tokens)
+        if len(positions) == 1:
+            position = positions[0]
+            alone = self._start <= position < end and tokens[position - first] != SEPARATOR
+            return {tokens[position - first]: [position + 1]} if alone else {}
         groups: dict[int, list[int]] = {}
         for position in positions:
             if self._start <= position < end and (token_id := tokens[position - first]) != SEPARATOR:
                 groups.setdefault(token_id, []).append(position + 1)
         return groups
 
-    def _walk(self, position: int, links: array[int], tail: Sequence[int]) -> list[tuple[int, int]]:
-        """Positions along a chain, the newest first, and how many tokens of the tail stand in front of each."""
-        matches: list[tuple[int, int]] = []
-        tokens, first = self._tokens, self._first
+    def _walk(self, position: int, links: array[int], tail: Sequence[int], known: int) -> Occurrences:
+        """The best of the newest MAX_OCCURRENCES along a chain.
+
+        known: tokens in front of each position that are those of the tail, because the chain is theirs.
+        """
+        best, longest, seen = [], MIN_MATCH, 0
+        tokens, first, start = self._tokens, self._first, self._start
         backwards = tail[::-1]
-        while position >= self._start and len(matches) < MAX_OCCURRENCES:
+        while position >= start and seen < MAX_OCCURRENCES:
             before = position - first
-            length = 0
-            for token_id in backwards[: position - self._start]:
-                if tokens[before - length - 1] != token_id:
-                    break
+            most = min(len(backwards), position - start)
+            length = min(known, most)
+            while length < most and tokens[before - length - 1] == backwards[length]:
                 length += 1
-            if length >= MIN_MATCH:
-                matches.append((position, length))
+            if length > longest:
+                best, longest = [position], length
+            elif length == longest:
+                best.append(position)
+            seen += length >= MIN_MATCH
             position = links[before]
-        return matches
+        return Occurrences(tuple(best), longest) if best else NO_OCCURRENCES
 
     def _append(self, token_id: int, propose: bool) -> None:
         """propose: whether the token may be found as what followed those before it."""

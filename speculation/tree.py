@@ -6,6 +6,7 @@ A prompt is a chain, plain decoding is a tree of one node, a draft is a tree.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -45,35 +46,53 @@ class TokenTree:
     confidences: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        size = len(self.token_ids)
-        if size != len(self.parents):
-            raise InvalidTree(f"{size} tokens but {len(self.parents)} parents")
-        if not 1 <= size <= MAX_NODES:
-            raise InvalidTree(f"{size} nodes; a tree has 1 to {MAX_NODES}")
-        if self.parents[0] != -1:
-            raise InvalidTree(f"the root's parent is {self.parents[0]}, not -1")
-        seen: set[tuple[int, int]] = set()
-        for node, parent in enumerate(self.parents[1:], start=1):
-            if not 0 <= parent < node:
-                raise InvalidTree(f"node {node} has parent {parent}; it must be in 0..{node - 1}")
-            if (edge := (parent, self.token_ids[node])) in seen:
-                raise InvalidTree(f"node {node} repeats token {edge[1]} below node {parent}")
-            seen.add(edge)
+        size, parents = len(self.token_ids), self.parents
+        sound = (
+            1 <= size <= MAX_NODES
+            and len(parents) == size
+            and parents[0] == -1 == min(parents)
+            and parents.count(-1) == 1
+            and all(map(operator.lt, parents, range(size)))
+            and len(set(zip(parents, self.token_ids, strict=True))) == size
+        )
+        if not sound:
+            raise InvalidTree(self._unsoundness())
         if strangers := [node for node in self.distributions if not 0 <= node < size]:
             raise InvalidTree(f"distributions for nodes {strangers} of a tree of {size}")
         if self.confidences:
             self._check_confidences()
 
+    def _unsoundness(self) -> str:
+        """What is wrong with the nodes of an unsound tree."""
+        size = len(self.token_ids)
+        if size != len(self.parents):
+            return f"{size} tokens but {len(self.parents)} parents"
+        if not 1 <= size <= MAX_NODES:
+            return f"{size} nodes; a tree has 1 to {MAX_NODES}"
+        if self.parents[0] != -1:
+            return f"the root's parent is {self.parents[0]}, not -1"
+        for node, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < node:
+                return f"node {node} has parent {parent}; it must be in 0..{node - 1}"
+        edges = list(zip(self.parents, self.token_ids, strict=True))
+        node = next(node for node, edge in enumerate(edges) if edge in edges[:node])
+        return f"node {node} repeats token {edges[node][1]} below node {edges[node][0]}"
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def _check_confidences(self) -> None:
-        if len(self.confidences) != len(self):
-            raise InvalidTree(f"{len(self.confidences)} confidences for {len(self)} nodes")
-        for node, confidence in enumerate(self.confidences):
-            most = 0.0 if node == 0 else self.confidences[self.parents[node]]
-            if not -math.inf < confidence <= most:  # also refuses NaN
-                raise InvalidTree(f"node {node} has confidence {confidence}; it must be finite and at most {most}")
+        confidences = self.confidences
+        if len(confidences) != len(self):
+            raise InvalidTree(f"{len(confidences)} confidences for {len(self)} nodes")
+        most = [0.0, *[confidences[parent] for parent in self.parents[1:]]]
+        if all(map(operator.le, confidences, most)) and all(map(math.isfinite, confidences)):  # NaN is in no order
+            return
+        for node, confidence in enumerate(confidences):
+            if not -math.inf < confidence <= most[node]:
+                raise InvalidTree(
+                    f"node {node} has confidence {confidence}; it must be finite and at most {most[node]}"
+                )
 
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:

@@ -49,10 +49,12 @@ class DraftService:
         known = [order for order in orders if order.key[1] not in unknown]
         response = speculator_pb2.SpeculateResponse(step=message.step, unknown_sequence_ids=sorted(unknown))
         drafts = self._draft(known)
+        nodes = 0
         for order in known:
             trees = [trees[order.key] for trees in drafts if order.key in trees and len(trees[order.key]) > 1]
             response.drafts.add(sequence_id=order.key[1], trees=[tree_to_wire(tree) for tree in trees])
-            self._metrics.draft_tokens.inc(sum(len(tree) - 1 for tree in trees))
+            nodes += sum([len(tree) - 1 for tree in trees])
+        self._metrics.draft_tokens.inc(nodes)
         return response
 
     def end(self, stream: int) -> None:
@@ -90,12 +92,17 @@ class DraftService:
         found: list[Mapping[SessionKey, TokenTree]] = []
         for waiting, source in zip(range(len(self._lookups), 0, -1), self._lookups, strict=True):
             shares = {key: nodes // waiting for key, nodes in left.items()}
-            trees = source.draft([replace(order, nodes=shares.get(order.key, order.nodes)) for order in orders])
+            trees = source.draft(_with_nodes(orders, shares))
             for key in left:
                 taken[key] += len(trees[key]) - 1
                 left[key] -= len(trees[key]) - 1
             found.append(trees)
         shares = {key: math.ceil(nodes / max(1, len(self._models))) for key, nodes in taken.items()}
-        orders = [replace(order, nodes=order.nodes - shares.get(order.key, 0)) for order in orders]
-        orders = [order for order in orders if not order.lookup_only]
+        rest = {order.key: order.nodes - shares[order.key] for order in orders if order.key in shares}
+        orders = [order for order in _with_nodes(orders, rest) if not order.lookup_only]
         return [*(model.draft(orders) for model in self._models), *found] if orders else found
+
+
+def _with_nodes(orders: Sequence[DraftOrder], nodes: Mapping[SessionKey, int]) -> Sequence[DraftOrder]:
+    """The orders, some of them with other numbers of nodes."""
+    return [replace(order, nodes=nodes[order.key]) if order.key in nodes else order for order in orders]
