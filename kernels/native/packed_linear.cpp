@@ -18,8 +18,7 @@ constexpr int kTwoBlockRows = 3;
 // Inputs between two visits of the sums to memory, where several tiles share a block: so much of it stays in the L2 cache
 // while all rows pass over it. A multiple of every number of inputs in a word.
 constexpr std::int64_t kDepth = 1024;
-// Bytes that are fetched into the L2 cache ahead of their use, and those of a cache line.
-constexpr std::int64_t kPrefetch = 4096;
+// Bytes of a cache line.
 constexpr std::int64_t kCacheLine = 64;
 // Inputs, of all rows, up to which each thread makes their norm for itself: cheaper than to wait for another's.
 constexpr std::int64_t kOwnNorm = 8192;
@@ -61,6 +60,10 @@ inline Vec unpack(const std::uint32_t* source, int index) {
   }
 }
 
+// Bytes of a block that are fetched into the L2 cache ahead of their use. A tile that waits for memory more than it computes
+// looks further ahead; two blocks are two streams.
+constexpr std::int64_t prefetch_bytes(int rows, int blocks) { return blocks == 1 && rows < 6 ? 6144 : 4096; }
+
 // Operands of a tile: x at its first row and input, packed at its first block and input.
 struct Tile {
   const float* x;
@@ -74,9 +77,10 @@ struct Tile {
 template <Storage kStorage, int Rows, int Blocks>
 inline void multiply_word(const Tile& t, const float* x, const std::uint32_t* packed, int used,
                           Vec (&sums)[Rows][Blocks * kVecs]) {
+  constexpr std::int64_t kAhead = prefetch_bytes(Rows, Blocks);
   for (int b = 0; b < Blocks; ++b)
     for (std::int64_t byte = 0; byte < kBlock * 4; byte += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kPrefetch + byte, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kAhead + byte, 0, 2);
   for (int index = 0; index < used; ++index) {
     Vec weights[Blocks * kVecs];
     for (int v = 0; v < Blocks * kVecs; ++v)

@@ -13,15 +13,16 @@ namespace {
 constexpr int kSumVecs = kAccumulators >= 24 ? 4 : 2;
 constexpr int kMaxLines = kAccumulators / kSumVecs;
 constexpr int kScoreLines = 8;
-// Rows of a group, and the groups for each thread below which groups become smaller.
+// Rows of a group, which are fewer where some thread would be left without one.
 constexpr std::int64_t kGroupRows = 16;
-constexpr int kGroupsPerThread = 2;
 // Weights that a group may have at a time: they stay in the L2 cache.
 constexpr std::int64_t kGroupWeights = 65536;
 // Multiply-adds that are worth an item of work.
 constexpr std::int64_t kItemWork = 16384;
-// Entries that are fetched ahead of their use, and the bytes of a cache line.
+// Entries of the values that are fetched ahead of their use, those that are fetched while the keys pass, because they
+// stay in the L2 cache until then, and the bytes of a cache line.
 constexpr std::int64_t kPrefetch = 8;
+constexpr std::int64_t kEarlyValues = 1024;
 constexpr std::int64_t kCacheLine = 64;
 
 // A query of one head, its places for weights and result, and the sum of its weights.
@@ -104,13 +105,21 @@ void prefetch_entry(const Element* base, const std::int64_t* offsets, std::int64
     __builtin_prefetch(entry + d);
 }
 
-// keys[d][lane] = keys[offsets[lane]][d] for the first `count` lanes.
+// keys[d][lane] = keys[offsets[lane]][d] for the first kLanes of `count` entries. Fetches the keys behind them, and, where
+// `values` is not null, their values.
 template <class Element>
-void gather_keys(const Element* keys, const std::int64_t* offsets, int count, std::int64_t head_dim, Vec* gathered) {
+void gather_keys(const Element* keys, const Element* values, const std::int64_t* offsets, std::int64_t count,
+                 std::int64_t head_dim, Vec* gathered) {
+  constexpr std::int64_t kLine = kCacheLine / static_cast<std::int64_t>(sizeof(Element));
   for (std::int64_t d = 0; d < head_dim; d += kLanes) {
     const int left = static_cast<int>(std::min<std::int64_t>(kLanes, head_dim - d));
     Vec tile[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) tile[lane] = lane < count ? load_first(keys + offsets[lane] + d, left) : Vec{};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      tile[lane] = lane < count ? load_first(keys + offsets[lane] + d, left) : Vec{};
+      if (d % kLine != 0) continue;
+      if (lane + kLanes < count) __builtin_prefetch(keys + offsets[lane + kLanes] + d);
+      if (values && lane < count) __builtin_prefetch(values + offsets[lane] + d, 0, 2);
+    }
     transpose(tile);
     std::copy_n(tile, left, gathered + d);
   }
@@ -134,12 +143,14 @@ void in_bundles(const Line* lines, std::size_t count, const Call& call) {
 
 // Scores of some lines for `count` entries, which become number first, first + 1, ... of each.
 template <class Element>
-void score_entries(const Element* keys, const std::int64_t* offsets, std::int64_t count, std::int64_t head_dim, float scale,
+void score_entries(const Operands<Element>& p, std::int64_t kv_head, const std::int64_t* offsets, std::int64_t count,
                    std::int64_t first, const Line* lines, std::size_t line_count, Vec* gathered) {
+  const std::int64_t head_dim = p.counts.head_dim, start = kv_head * head_dim;
   for (std::int64_t i = 0; i < count; i += kLanes) {
-    gather_keys(keys, offsets + i, static_cast<int>(std::min<std::int64_t>(kLanes, count - i)), head_dim, gathered);
+    const Element* early = first + i < kEarlyValues ? p.values + start : nullptr;
+    gather_keys(p.keys + start, early, offsets + i, count - i, head_dim, gathered);
     in_bundles<kScoreLines>(lines, line_count, [&](const Line* bundle, auto size) {
-      score<size()>(bundle, gathered, head_dim, scale, first + i);
+      score<size()>(bundle, gathered, head_dim, p.scale, first + i);
     });
   }
 }
@@ -215,16 +226,16 @@ void list_lines(const Operands<Element>& p, const RowGroup& group, std::int64_t 
 template <class Element>
 void attend_group(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
   const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
-  const Element *keys = p.keys + kv_head * head_dim, *values = p.values + kv_head * head_dim;
+  const Element* values = p.values + kv_head * head_dim;
   const std::int64_t* offsets = own.offsets.data();
   list_lines(p, group, kv_head, own);
   const auto end_of = [&](std::int64_t row) { return static_cast<std::int64_t>(own.row_ends[row]); };
   const auto tail_of = [&](std::int64_t row) { return row == 0 ? group.common : end_of(row - 1); };
-  score_entries(keys, offsets, group.common, head_dim, p.scale, 0, own.lines.data(), own.lines.size(), own.keys.data());
+  score_entries(p, kv_head, offsets, group.common, 0, own.lines.data(), own.lines.size(), own.keys.data());
   for (std::int64_t row = 0; row < group.rows; ++row) {
     Line* lines = own.lines.data() + row * in_row;
     const std::int64_t tail = tail_of(row), size = end_of(row) - tail;
-    score_entries(keys, offsets + tail, size, head_dim, p.scale, group.common, lines, in_row, own.keys.data());
+    score_entries(p, kv_head, offsets + tail, size, group.common, lines, in_row, own.keys.data());
     if (group.common + size > 0)
       for (std::int64_t i = 0; i < in_row; ++i) lines[i].total = exponentials(lines[i].weights, group.common + size);
   }
@@ -253,7 +264,7 @@ std::vector<RowGroup> group_rows(const AttentionBatch& batch, std::int64_t most)
 template <class Element>
 void attend_all(ThreadPool& pool, const Operands<Element>& p) {
   const std::int64_t kv_heads = p.counts.kv_heads, slot_size = kv_heads * p.counts.head_dim;
-  const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() * kGroupsPerThread / kv_heads);
+  const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() / kv_heads);
   const std::int64_t longest = *std::max_element(p.batch.prefix_lengths, p.batch.prefix_lengths + p.batch.rows);
   const std::int64_t row_weights = std::max<std::int64_t>(1, longest * p.counts.heads / kv_heads);
   const std::int64_t most = std::min({kGroupRows, p.batch.rows / wanted, kGroupWeights / row_weights});
