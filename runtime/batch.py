@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from runtime.kv_cache import BLOCK_SIZE, CachedSequence
+from runtime.kv_cache import CachedSequence, slot
 
 WORD = 64
 
@@ -56,6 +56,10 @@ class Segment:
         positions = [start + depth for depth in depths]
         return cls(cache, token_ids, positions, start + written, [start] * len(token_ids), masks)
 
+    def slots(self) -> list[int]:
+        """Where each row's key and value go."""
+        return [slot(self.cache, self.first_entry + row) for row in range(len(self.token_ids))]
+
 
 @dataclass(frozen=True)
 class FlatBatch:
@@ -80,26 +84,23 @@ class FlatBatch:
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> FlatBatch:
         """Lay the segments out one behind the other. Every cache must have the blocks that its rows write."""
-        counts = [len(segment.token_ids) for segment in segments]
-        rows = sum(counts)
-        integers = np.empty((3, rows), dtype=np.int64)
-        small = np.empty((2, rows), dtype=np.int32)
-        words = max(1, max((mask.bit_length() for s in segments for mask in s.masks), default=1) + WORD - 1 >> 6)
-        masks = np.zeros((rows, words), dtype=np.uint64)
-        tables = np.zeros((len(segments), max(len(s.cache.blocks) for s in segments)), dtype=np.int32)
-        start = 0
-        for index, (segment, count) in enumerate(zip(segments, counts, strict=True)):
-            stop = start + count
-            table = np.asarray(segment.cache.blocks, dtype=np.int32)
-            entries = np.arange(segment.first_entry, segment.first_entry + count)
-            tables[index, : len(table)] = table
-            integers[0, start:stop] = segment.token_ids
-            integers[1, start:stop] = segment.positions
-            integers[2, start:stop] = table[entries // BLOCK_SIZE] * BLOCK_SIZE + entries % BLOCK_SIZE
-            small[0, start:stop] = index
-            small[1, start:stop] = segment.prefix_lengths
-            _fill_masks(masks[start:stop], segment.masks)
-            start = stop
+        integers = np.array(
+            [
+                [token for s in segments for token in s.token_ids],
+                [position for s in segments for position in s.positions],
+                [place for s in segments for place in s.slots()],
+            ],
+            dtype=np.int64,
+        )
+        small = np.array(
+            [
+                [index for index, s in enumerate(segments) for _ in s.token_ids],
+                [length for s in segments for length in s.prefix_lengths],
+            ],
+            dtype=np.int32,
+        )
+        blocks = max(len(s.cache.blocks) for s in segments)
+        tables = np.array([s.cache.blocks + [0] * (blocks - len(s.cache.blocks)) for s in segments], dtype=np.int32)
         token_ids, positions, slots = torch.from_numpy(integers).to(device).unbind()
         row_sequences, prefix_lengths = torch.from_numpy(small).to(device).unbind()
         return cls(
@@ -108,13 +109,15 @@ class FlatBatch:
             slots,
             row_sequences,
             prefix_lengths,
-            torch.from_numpy(masks.view(np.int64)).to(device),
+            torch.from_numpy(_mask_words([mask for s in segments for mask in s.masks])).to(device),
             torch.from_numpy(tables).to(device),
         )
 
 
-def _fill_masks(target: np.ndarray[tuple[int, int], np.dtype[np.uint64]], masks: Sequence[int]) -> None:
-    if not any(masks):
-        return
-    for word in range(target.shape[1]):
-        target[:, word] = [mask >> WORD * word & (1 << WORD) - 1 for mask in masks]
+def _mask_words(masks: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """[masks, words]: the bits of each, the lowest 64 first; as few words as hold the longest."""
+    words = -(-max(masks, default=0).bit_length() // WORD) or 1
+    if words == 1:
+        return np.array(masks, dtype=np.uint64).view(np.int64).reshape(-1, 1)
+    split = [[mask >> WORD * word & (1 << WORD) - 1 for word in range(words)] for mask in masks]
+    return np.array(split, dtype=np.uint64).view(np.int64)
