@@ -57,6 +57,15 @@ class LogitsPipeline:
         """Whether the next token is the argmax of the raw logits."""
         return self.params.greedy and self._bias is None and not self.params.needs_context
 
+    @property
+    def plain_temperature(self) -> float | None:
+        """T, above 0, if the next token is a draw from softmax(raw logits / T), else None."""
+        params = self.params
+        filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        if params.greedy or filtered or self._bias is not None or params.needs_context:
+            return None
+        return max(params.temperature, _SMALLEST_TEMPERATURE)
+
     def advance(self, token_ids: Sequence[int]) -> None:
         """Commit tokens of the output."""
         if self.params.needs_context:

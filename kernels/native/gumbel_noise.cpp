@@ -1,6 +1,7 @@
 #include "gumbel_noise.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "simd.h"
 
@@ -51,18 +52,58 @@ Doubles log(Doubles x) {
          k * 6.93147180369123816490e-01;
 }
 
-}  // namespace
-
-void gumbel_noise(std::uint64_t seed, std::int64_t position, std::int64_t size, float* noise) {
+// Calls use(first token, noise of kDoubles tokens from it on) for all tokens; the last ones may lie behind `size`.
+template <class Use>
+void for_each_noise(std::uint64_t seed, std::int64_t position, std::int64_t size, const Use& use) {
   const std::uint64_t key = mix(mix(mix(seed) ^ kGumbelDomain) + static_cast<std::uint64_t>(position) * kGamma);
   Words counters;
   for (int lane = 0; lane < kDoubles; ++lane) counters[lane] = key + static_cast<std::uint64_t>(lane + 1) * kGamma;
   for (std::int64_t token = 0; token < size; token += kDoubles, counters += kDoubles * kGamma) {
     // u = (top 52 bits + 1/2) / 2^52; g = -log(-log u)
     const Doubles u = (above_two_52(mix(counters) >> 12) - 0x1p52 + 0.5) * 0x1p-52;
-    const Floats values = __builtin_convertvector(-log(-log(u)), Floats);
-    std::memcpy(noise + token, &values, static_cast<std::size_t>(std::min<std::int64_t>(kDoubles, size - token)) * 4);
+    use(token, -log(-log(u)));
   }
+}
+
+float highest(const float* values, std::int64_t size) {
+  Vec top = broadcast(values[0]);
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec value = load(values + i);
+    top = value > top ? value : top;
+  }
+  float result = max_lane(top);
+  for (; i < size; ++i) result = std::max(result, values[i]);
+  return result;
+}
+
+}  // namespace
+
+void gumbel_noise(std::uint64_t seed, std::int64_t position, std::int64_t size, float* noise) {
+  for_each_noise(seed, position, size, [&](std::int64_t token, Doubles values) {
+    const Floats rounded = __builtin_convertvector(values, Floats);
+    std::memcpy(noise + token, &rounded, static_cast<std::size_t>(std::min<std::int64_t>(kDoubles, size - token)) * 4);
+  });
+}
+
+std::int64_t gumbel_argmax(const float* logits, std::int64_t size, float temperature, std::uint64_t seed,
+                           std::int64_t position) {
+  const float top = highest(logits, size);
+  Doubles best;
+  Words winners = {}, tokens;
+  for (int lane = 0; lane < kDoubles; ++lane) best[lane] = -std::numeric_limits<double>::infinity(), tokens[lane] = lane;
+  for_each_noise(seed, position, size, [&](std::int64_t token, Doubles noise) {
+    Floats scores = Floats{} - std::numeric_limits<float>::infinity();
+    std::memcpy(&scores, logits + token, static_cast<std::size_t>(std::min<std::int64_t>(kDoubles, size - token)) * 4);
+    const Doubles perturbed = __builtin_convertvector((scores - top) / temperature, Doubles) + noise;
+    winners = perturbed > best ? tokens : winners;
+    best = perturbed > best ? perturbed : best;
+    tokens += static_cast<std::uint64_t>(kDoubles);
+  });
+  int winner = 0;
+  for (int lane = 1; lane < kDoubles; ++lane)
+    if (best[lane] > best[winner] || (best[lane] == best[winner] && winners[lane] < winners[winner])) winner = lane;
+  return static_cast<std::int64_t>(winners[winner]);
 }
 
 }  // namespace specserve

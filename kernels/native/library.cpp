@@ -115,6 +115,15 @@ void specserve_gumbel_noise(std::uint64_t seed, std::int64_t position, std::int6
   gumbel_noise(seed, position, size, noise);
 }
 
+// tokens[i]: drawn behind row rows[i] of logits [.., vocab]; see gumbel_argmax.
+void specserve_draw_tokens(const float* logits, std::int64_t vocab, std::int64_t count, const std::int64_t* rows,
+                           const float* temperatures, const std::uint64_t* seeds, const std::int64_t* positions,
+                           std::int64_t* tokens) {
+  Lease().pool().parallel_for(static_cast<int>(count), [&](int i) {
+    tokens[i] = gumbel_argmax(logits + rows[i] * vocab, vocab, temperatures[i], seeds[i], positions[i]);
+  });
+}
+
 // cache: [planes, slots, slot_bytes].
 void specserve_kv_compaction(char* cache, std::int64_t planes, std::int64_t slots, std::int64_t slot_bytes,
                              const std::int64_t* sources, const std::int64_t* targets, std::int64_t moves) {

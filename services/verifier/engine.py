@@ -23,7 +23,7 @@ from services.verifier.request import GenerationRequest, QueueFull, Sink, StepOu
 from services.verifier.runner import Runner, StepLogits
 from services.verifier.scheduler import Scheduler, SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
-from services.verifier.verification import verify
+from services.verifier.verification import Choosing, verify
 from speculation.acceptance import Accepted
 from speculation.logits import LogitsPipeline
 from speculation.merge import MergedDraft
@@ -195,8 +195,7 @@ class Engine:
         self, plans: Sequence[SequencePlan], drafts: Mapping[int, MergedDraft], logits: StepLogits
     ) -> dict[int, Accepted]:
         decoding = [plan.sequence for plan in plans if plan.decodes]
-        on_device = logits.trees.device.type != "cpu"
-        return verify(decoding, drafts, logits, self.drafts.settings.rule, all_nodes=on_device)
+        return verify(decoding, drafts, logits, self.drafts.settings.rule, Choosing.of(self.runner.model))
 
     def _commit(
         self,

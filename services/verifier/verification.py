@@ -1,16 +1,16 @@
-"""From a step's logits to the accepted paths.
-
-On a CPU each node is processed when acceptance comes to it. On another device the tokens behind all nodes of all trees
-are chosen there, and come back in one copy; multi-step speculative sampling, whose draws are sequential, does not.
-"""
+"""From a step's logits to the accepted paths."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from itertools import islice
 
 import torch
 
+from kernels.token_draw.native import draw_tokens
+from runtime.step_model import StepModel
 from services.verifier.runner import StepLogits
 from services.verifier.sequence import Sequence
 from speculation.acceptance import AcceptanceRule, Accepted, accept, accept_chosen, choose_behind_all, resolve_rule
@@ -18,19 +18,34 @@ from speculation.merge import MergedDraft
 from speculation.tree import TokenTree
 
 
+class Choosing(enum.Enum):
+    """Where the LLM's tokens behind the nodes are chosen. What is chosen is the same.
+
+    VISITED: at each node when acceptance comes to it. NATIVE: so too, but where the token is a plain argmax or draw,
+    behind all nodes of all sequences in one call. AT_ONCE: all on the device, to come back in one copy. Multi-step
+    speculative sampling, whose draws are sequential, visits the nodes everywhere.
+    """
+
+    VISITED = enum.auto()
+    NATIVE = enum.auto()
+    AT_ONCE = enum.auto()
+
+    @classmethod
+    def of(cls, model: StepModel) -> Choosing:
+        if model.device.type != "cpu":
+            return cls.AT_ONCE
+        return cls.NATIVE if model.backend.name == "native" else cls.VISITED
+
+
 def verify(
     sequences: Items[Sequence],
     drafts: Mapping[int, MergedDraft],
     logits: StepLogits,
     sampling_rule: AcceptanceRule,
-    *,
-    all_nodes: bool,
+    choosing: Choosing,
 ) -> dict[int, Accepted]:
-    """The accepted path of every tree and one more token, by sequence id.
-
-    all_nodes: choose behind every node before anything is read back. The outcome is the same.
-    """
-    chosen = _choose(sequences, drafts, logits, sampling_rule, all_nodes)
+    """The accepted path of every tree and one more token, by sequence id."""
+    chosen = _choose(sequences, drafts, logits, sampling_rule, choosing)
     accepted: dict[int, Accepted] = {}
     for sequence in sequences:
         draft = drafts[sequence.id]
@@ -47,22 +62,45 @@ def _choose(
     drafts: Mapping[int, MergedDraft],
     logits: StepLogits,
     sampling_rule: AcceptanceRule,
-    all_nodes: bool,
+    choosing: Choosing,
 ) -> dict[int, list[int]]:
     """The token behind each node, by sequence id, of the sequences for which all are chosen at once; one copy back."""
     plain = any(sequence.pipeline.plain_argmax for sequence in sequences)
     argmax = _argmax(logits.trees) if plain else logits.trees.new_empty(0, dtype=torch.int64)
     parts: dict[int, torch.Tensor] = {}
+    drawn: list[tuple[Sequence, TokenTree]] = []
     for sequence in sequences:
         tree, start = drafts[sequence.id].tree, logits.tree_starts[sequence.id]
         if sequence.pipeline.plain_argmax:
             parts[sequence.id] = argmax[start : start + len(tree)]
-        elif all_nodes and resolve_rule(sampling_rule, sequence.request.sampling) is not AcceptanceRule.MSS:
+        elif resolve_rule(sampling_rule, sequence.request.sampling) is AcceptanceRule.MSS:
+            continue
+        elif choosing is Choosing.AT_ONCE:
             parts[sequence.id] = _choose_processed(sequence, tree, logits.trees[start : start + len(tree)])
-    if not parts:
-        return {}
-    tokens = torch.cat(list(parts.values())).cpu().split([len(part) for part in parts.values()])
-    return {sequence_id: own.tolist() for sequence_id, own in zip(parts, tokens, strict=True)}
+        elif choosing is Choosing.NATIVE and sequence.pipeline.plain_temperature is not None:
+            drawn.append((sequence, tree))
+    chosen = _draw(drawn, logits)
+    if parts:
+        tokens = torch.cat(list(parts.values())).cpu().split([len(part) for part in parts.values()])
+        chosen |= {sequence_id: own.tolist() for sequence_id, own in zip(parts, tokens, strict=True)}
+    return chosen
+
+
+def _draw(drawn: Items[tuple[Sequence, TokenTree]], logits: StepLogits) -> dict[int, list[int]]:
+    """The tokens that `choose_tokens` gives behind every node, for sequences whose logits need no more than a scale."""
+    rows: list[int] = []
+    temperatures: list[float] = []
+    seeds: list[int] = []
+    positions: list[int] = []
+    for sequence, tree in drawn:
+        start, count, temperature = logits.tree_starts[sequence.id], len(tree), sequence.pipeline.plain_temperature
+        assert temperature is not None
+        rows.extend(range(start, start + count))
+        temperatures += [temperature] * count
+        seeds += [sequence.request.sampling.seed] * count
+        positions += [len(sequence.tokens) + depth for depth in tree.depths()]
+    tokens = iter(draw_tokens(logits.trees, rows, temperatures, seeds, positions))
+    return {sequence.id: list(islice(tokens, len(tree))) for sequence, tree in drawn}
 
 
 def _argmax(rows: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from services.verifier.request import GenerationRequest
 from services.verifier.runner import StepLogits
 from services.verifier.sequence import Sequence
-from services.verifier.verification import verify
+from services.verifier.verification import Choosing, verify
 from speculation.acceptance import AcceptanceRule
 from speculation.logits import LogitsPipeline
 from speculation.merge import MergedDraft
@@ -52,14 +52,15 @@ def make_step(sequences: Items[Sequence], seed: int) -> tuple[dict[int, MergedDr
     return drafts, StepLogits(rows, 2 * torch.randn(rows, VOCAB, generator=generator), starts, {})
 
 
+@pytest.mark.parametrize("choosing", [Choosing.AT_ONCE, Choosing.NATIVE])
 @pytest.mark.parametrize("rule", [AcceptanceRule.SHARED_NOISE, AcceptanceRule.NAIVE])
-def test_choosing_behind_all_nodes_changes_nothing(rule: AcceptanceRule) -> None:
+def test_choosing_behind_all_nodes_changes_nothing(rule: AcceptanceRule, choosing: Choosing) -> None:
     depths = set()
     for seed in range(20):
         sequences = [make_sequence(index, params) for index, params in enumerate(PARAMS)]
         drafts, logits = make_step(sequences, seed)
-        at_once = verify(sequences, drafts, logits, rule, all_nodes=True)
-        assert at_once == verify(sequences, drafts, logits, rule, all_nodes=False)
+        at_once = verify(sequences, drafts, logits, rule, choosing)
+        assert at_once == verify(sequences, drafts, logits, rule, Choosing.VISITED)
         depths |= {len(step.nodes) for step in at_once.values()}
     assert {0, 1, 2} <= depths
 
@@ -67,8 +68,8 @@ def test_choosing_behind_all_nodes_changes_nothing(rule: AcceptanceRule) -> None
 def test_draws_stay_sequential() -> None:
     sequences = [make_sequence(index, params) for index, params in enumerate(PARAMS)]
     drafts, logits = make_step(sequences, 0)
-    at_once = verify(sequences, drafts, logits, AcceptanceRule.MSS, all_nodes=True)
-    assert at_once == verify(sequences, drafts, logits, AcceptanceRule.MSS, all_nodes=False)
+    at_once = verify(sequences, drafts, logits, AcceptanceRule.MSS, Choosing.AT_ONCE)
+    assert at_once == verify(sequences, drafts, logits, AcceptanceRule.MSS, Choosing.VISITED)
 
 
 @pytest.mark.gpu
@@ -77,7 +78,7 @@ def test_the_gpu_chooses_what_the_cpu_chooses() -> None:
     params = SamplingParams(seed=5, temperature=0.7, top_p=0.9)
     sequence = make_sequence(1, params)
     drafts, logits = make_step([sequence], 3)
-    expected = verify([sequence], drafts, logits, AcceptanceRule.SHARED_NOISE, all_nodes=False)
+    expected = verify([sequence], drafts, logits, AcceptanceRule.SHARED_NOISE, Choosing.VISITED)
     own = Sequence(1, sequence.request, lambda output: None, LogitsPipeline(params, (1, 2, 3, 1), VOCAB, "cuda"))
     moved = StepLogits(logits.rows, logits.trees.cuda(), logits.tree_starts, {})
-    assert verify([own], drafts, moved, AcceptanceRule.SHARED_NOISE, all_nodes=True) == expected
+    assert verify([own], drafts, moved, AcceptanceRule.SHARED_NOISE, Choosing.AT_ONCE) == expected
