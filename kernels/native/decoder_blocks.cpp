@@ -41,8 +41,8 @@ struct LayerCache {
   Element *keys, *values;  // [slots, kv_heads, head_dim] each
 };
 
-// Heads first..end of a row of qkv: queries and keys are normalised and rotated in place, keys and values written to the
-// cache.
+// Heads first..end of a row of qkv: queries and keys are normalised and rotated in place, keys and values written to
+// the cache.
 template <class Element>
 void place_heads(const AttentionLayer& layer, const AttentionBatch& batch, std::int64_t row, std::int64_t first,
                  std::int64_t end, float* qkv, const LayerCache<Element>& cache) {

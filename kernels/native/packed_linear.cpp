@@ -11,14 +11,17 @@ namespace specserve {
 namespace {
 
 constexpr int kVecs = kBlock / kLanes;
-// Rows of the largest tile: as many as fit into the registers beside one block.
-constexpr int kMaxTileRows = kAccumulators / kVecs;
-// Up to this many rows a tile takes two blocks, whose chains hide each other's latency.
-constexpr int kTwoBlockRows = 3;
-// Inputs between two visits of the sums to memory, where several tiles share a block: so much of it stays in the L2 cache
-// while all rows pass over it. A multiple of every number of inputs in a word.
-constexpr std::int64_t kDepth = 1024;
-// Bytes of a cache line.
+// Rows and blocks of the largest tile, whose sums fill the registers beside the weights and a row's value. Two blocks use
+// a value that was spread to all lanes twice, and their chains hide each other's latency; with few registers there is
+// room for few rows of them only.
+constexpr int kTileRows = 6;
+constexpr int kTileBlocks = kAccumulators / (kTileRows * kVecs);
+constexpr int kTwoBlockRows = kTileBlocks == 2 ? kTileRows : kTileRows / 2;
+// Inputs between two visits of the sums to memory, where several tiles share a block: so much of it stays in the L2
+// cache while all rows pass over it. A multiple of every number of inputs in a word.
+constexpr std::int64_t kDepth = 512;
+// Bytes of a block that are fetched into the L2 cache ahead of their use, and those of a cache line.
+constexpr std::int64_t kPrefetch = 4096;
 constexpr std::int64_t kCacheLine = 64;
 // Inputs, of all rows, up to which each thread makes their norm for itself: cheaper than to wait for another's.
 constexpr std::int64_t kOwnNorm = 8192;
@@ -60,10 +63,6 @@ inline Vec unpack(const std::uint32_t* source, int index) {
   }
 }
 
-// Bytes of a block that are fetched into the L2 cache ahead of their use. A tile that waits for memory more than it computes
-// looks further ahead; two blocks are two streams.
-constexpr std::int64_t prefetch_bytes(int rows, int blocks) { return blocks == 1 && rows < 6 ? 6144 : 4096; }
-
 // Operands of a tile: x at its first row and input, packed at its first block and input.
 struct Tile {
   const float* x;
@@ -77,10 +76,9 @@ struct Tile {
 template <Storage kStorage, int Rows, int Blocks>
 inline void multiply_word(const Tile& t, const float* x, const std::uint32_t* packed, int used,
                           Vec (&sums)[Rows][Blocks * kVecs]) {
-  constexpr std::int64_t kAhead = prefetch_bytes(Rows, Blocks);
   for (int b = 0; b < Blocks; ++b)
     for (std::int64_t byte = 0; byte < kBlock * 4; byte += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kAhead + byte, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kPrefetch + byte, 0, 2);
   for (int index = 0; index < used; ++index) {
     Vec weights[Blocks * kVecs];
     for (int v = 0; v < Blocks * kVecs; ++v)
@@ -92,11 +90,11 @@ inline void multiply_word(const Tile& t, const float* x, const std::uint32_t* pa
   }
 }
 
-// Continues the chains in totals [Blocks][Rows][kBlock] over the tile's inputs, or starts them when `fresh`.
+// Continues the chains in totals [Rows][Blocks][kBlock] over the tile's inputs, or starts them when `fresh`.
 template <Storage kStorage, int Rows, int Blocks>
 void run_tile(const Tile& t, bool fresh, float* totals) {
   constexpr int kInputs = inputs_in_word(kStorage);
-  const auto place = [&](int r, int v) { return totals + (v / kVecs * Rows + r) * kBlock + v % kVecs * kLanes; };
+  const auto place = [&](int r, int v) { return totals + r * Blocks * kBlock + v * kLanes; };
   Vec sums[Rows][Blocks * kVecs] = {};
   if (!fresh)
     for (int r = 0; r < Rows; ++r)
@@ -140,27 +138,26 @@ const float* normed_rows(const LinearInput& input, std::int64_t size) {
   return normed;
 }
 
-// One block, or two for few rows, times rows first..first+rows; finish(row, block, sums [kBlock]) takes each result.
+// One block, or two, times rows first..first+rows; finish(row, block, sums [kBlock]) takes each result.
 template <Storage kStorage, class Finish>
 void multiply_blocks(const Product& p, const float* x, std::int64_t first, std::int64_t rows, std::int64_t block,
                      std::int64_t blocks, const Finish& finish) {
-  alignas(64) float totals[kItemRows * kBlock];
+  alignas(64) float totals[2 * kItemRows * kBlock];
   const std::int64_t inputs = p.weights.inputs;
-  if (blocks == 2) {
-    run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(rows), p.tile(x, first, block, 0, inputs), true, totals);
-  } else {
-    // as few tiles as possible, of sizes that differ by one at most
-    const std::int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows, step = tiles == 1 ? inputs : kDepth;
-    for (std::int64_t k = 0; k < inputs; k += step)
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        const std::int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-        run_tile_of<kStorage, 1, kMaxTileRows>(static_cast<int>(end - begin),
-                                               p.tile(x, first + begin, block, k, std::min(step, inputs - k)), k == 0,
-                                               totals + begin * kBlock);
-      }
-  }
+  // as few tiles as possible, of sizes that differ by one at most
+  const std::int64_t tiles = (rows + kTileRows - 1) / kTileRows, step = tiles == 1 ? inputs : kDepth;
+  for (std::int64_t k = 0; k < inputs; k += step)
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      const std::int64_t begin = rows * t / tiles, count = rows * (t + 1) / tiles - begin;
+      const Tile tile = p.tile(x, first + begin, block, k, std::min(step, inputs - k));
+      float* sums = totals + begin * blocks * kBlock;
+      if (blocks == 2)
+        run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(count), tile, k == 0, sums);
+      else
+        run_tile_of<kStorage, 1, kTileRows>(static_cast<int>(count), tile, k == 0, sums);
+    }
   for (std::int64_t b = 0; b < blocks; ++b)
-    for (std::int64_t row = 0; row < rows; ++row) finish(first + row, block + b, totals + (b * rows + row) * kBlock);
+    for (std::int64_t row = 0; row < rows; ++row) finish(first + row, block + b, totals + (row * blocks + b) * kBlock);
 }
 
 // How a product is cut into items: so many blocks of so many rows.
@@ -168,11 +165,12 @@ struct Cut {
   std::int64_t row_items, block_items, item_blocks;
   std::int64_t together;  // blocks that pass over the rows side by side
 
-  // item_blocks is a multiple of `multiple`.
-  Cut(const Product& p, std::int64_t multiple) {
+  // item_blocks is a multiple of `multiple`. One block at a time where pairs would leave a thread without an item.
+  Cut(const Product& p, std::int64_t multiple, std::int64_t threads) {
     const std::int64_t rows = p.input.rows;
     row_items = (rows + kItemRows - 1) / kItemRows;
-    together = rows <= kTwoBlockRows ? 2 : 1;
+    const bool enough = row_items * p.blocks >= 2 * threads;
+    together = enough && (kTileBlocks == 2 || rows <= kTwoBlockRows) ? 2 : 1;
     const std::int64_t unit = std::lcm(together, multiple);
     const std::int64_t unit_work = std::min(rows, kItemRows) * p.weights.inputs * kBlock * unit;
     item_blocks = unit * std::max<std::int64_t>(1, kItemWork / unit_work);
@@ -180,11 +178,11 @@ struct Cut {
   }
 };
 
-// finish(row, block, sums [kBlock]) takes each result, next(first row, end of rows, first block, end of blocks) all those
-// of an item, which has a multiple of `multiple` blocks.
+// finish(row, block, sums [kBlock]) takes each result, next(first row, end of rows, first block, end of blocks) all
+// those of an item, which has a multiple of `multiple` blocks.
 template <Storage kStorage, class Finish, class Next>
 void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Finish& finish, const Next& next) {
-  const Cut cut(p, multiple);
+  const Cut cut(p, multiple, pool.threads());
   const auto prepare = [&](int) { return p.input.norm ? normed_rows(p.input, p.weights.inputs) : p.input.x; };
   pool.parallel_for(static_cast<int>(cut.row_items * cut.block_items), prepare, [&](const float* x, int item) {
     const std::int64_t part = item / cut.block_items, first = part * p.input.rows / cut.row_items;
