@@ -101,6 +101,9 @@ class LocalSpeculator:
                 self._service.answer(STREAM, wire.last_tokens({sequence.id: fresh}))
             self._service.answer(STREAM, speculator_pb2.SpeculateRequest(close=[sequence.id]))
 
+    def open(self, sequences: Sequence[RunningSequence]) -> None:
+        """Prompts are computed with their first drafts."""
+
     def flush(self) -> None:
         """Endings are passed on at once."""
 

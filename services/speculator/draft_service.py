@@ -43,6 +43,9 @@ class DraftService:
                 source.close((stream, sequence_id))
         for opened in message.open:
             self._open(stream, opened)
+        if prepared := [(stream, opened.sequence_id) for opened in message.open if opened.prepare]:
+            for source in self._sources:
+                source.prepare(prepared)
         unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
         orders = [wire.draft_order(stream, order) for order in message.draft]
         unknown |= {order.key[1] for order in orders if order.key not in self._sources[0]}

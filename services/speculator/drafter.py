@@ -44,6 +44,15 @@ class Drafter:
         pipeline.advance(output)
         self._sessions[key] = Session(list(tokens), pipeline)
 
+    def prepare(self, keys: Sequence[SessionKey]) -> None:
+        """Compute the sessions' tokens but the last, whose distribution is the draft's own; what has no room later."""
+        self._settle()
+        sessions = {key: self._sessions[key] for key in keys}
+        context, busy = self.model.config.context_length, {id(session) for session in sessions.values()}
+        fitting = {key: session for key, session in sessions.items() if len(session.tokens) <= context}
+        ready = [session for key, session in fitting.items() if self._make_room(key, len(session.tokens), busy)]
+        self._catch_up(ready, left=1)
+
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         """Append accepted tokens; the KV of those that the last tree had evaluated is kept."""
         session = self._sessions[key]
@@ -64,12 +73,11 @@ class Drafter:
 
     def draft(self, orders: Iterable[DraftOrder]) -> dict[SessionKey, TokenTree]:
         """A tree for every order whose sequence fits the model's context and cache; the others are left out."""
-        self.model.compact(self.cache, self._sources, self._targets)
-        self._sources, self._targets = [], []
+        self._settle()
         growing = [(self._sessions[order.key], order) for order in orders]
         busy = {id(session) for session, _ in growing}
-        growing = [(session, order) for session, order in growing if self._prepare(session, order, busy)]
-        self._catch_up([session for session, _ in growing])
+        growing = [(session, order) for session, order in growing if self._has_room(session, order, busy)]
+        self._catch_up([session for session, _ in growing], left=self.settings.prefill_chunk)
         native, by_level = self._split(growing)
         trees = [
             *(grow_natively(self.name, self.model, self.cache, self.settings, native) if native else ()),
@@ -78,16 +86,13 @@ class Drafter:
         keys = [*(order.key for _, order, _ in native), *(order.key for _, order in by_level)]
         return dict(zip(keys, trees, strict=True))
 
-    def _prepare(self, session: Session, order: DraftOrder, busy: set[int]) -> bool:
-        """Reserve the KV of a draft, if need be that of the sessions that have not drafted for the longest time.
+    def _make_room(self, key: SessionKey, entries: int, busy: set[int]) -> bool:
+        """Reserve so much KV for a session, if need be that of the sessions that have not drafted for the longest time.
 
-        busy: ids of the sessions that want a draft now; they keep theirs.
+        busy: ids of the sessions that compute something now; they keep theirs.
         """
-        if len(session.tokens) + order.depth > self.model.config.context_length:
-            return False
-        self._sessions[order.key] = self._sessions.pop(order.key)
+        session = self._sessions[key] = self._sessions.pop(key)
         session.slots = None
-        entries = len(session.tokens) + self.settings.beam * order.depth + order.nodes
         while True:
             try:
                 self.cache.reserve(session.cache, entries)
@@ -100,18 +105,30 @@ class Drafter:
             else:
                 return True
 
-    def _catch_up(self, sessions: Iterable[Session]) -> None:
-        """Compute long prompts chunk by chunk, until what is left of each fits into one."""
-        chunk = self.settings.prefill_chunk
-        behind = [session for session in sessions if session.uncomputed > chunk]
+    def _has_room(self, session: Session, order: DraftOrder, busy: set[int]) -> bool:
+        """Whether the draft fits the model's context and the cache, where its entries are then reserved."""
+        if len(session.tokens) + order.depth > self.model.config.context_length:
+            return False
+        entries = len(session.tokens) + self.settings.beam * order.depth + order.nodes
+        return self._make_room(order.key, entries, busy)
+
+    def _catch_up(self, sessions: Iterable[Session], left: int) -> None:
+        """Compute tokens chunk by chunk, until at most `left` of each session, of which the last is one, are left."""
+        behind = [session for session in sessions if session.uncomputed > left]
         while behind:
             segments: list[Segment] = []
             for session in behind:
                 start = session.cache.length
-                segments.append(Segment.chain(session.cache, session.tokens[start : start + chunk], start))
-                session.cache.length += chunk
+                count = min(self.settings.prefill_chunk, session.uncomputed - 1)
+                segments.append(Segment.chain(session.cache, session.tokens[start : start + count], start))
+                session.cache.length += count
             self.model.step(segments, [], self.cache)
-            behind = [session for session in behind if session.uncomputed > chunk]
+            behind = [session for session in behind if session.uncomputed > left]
+
+    def _settle(self) -> None:
+        """Move the KV that accepted tokens keep; before anything is written to the cache."""
+        self.model.compact(self.cache, self._sources, self._targets)
+        self._sources, self._targets = [], []
 
     def _split(
         self, growing: Sequence[tuple[Session, DraftOrder]]

@@ -64,6 +64,10 @@ class LookupSource(ABC):
         self.close(key)
         self._sessions[key] = self._session(list(tokens))
 
+    def prepare(self, keys: Sequence[SessionKey]) -> None:
+        """Index prompts ahead of the first drafts, as far as one message may wait for it."""
+        self._prepare([self._sessions[key] for key in keys])
+
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         """Append accepted tokens, and learn from what was proposed in their place."""
         session = self._sessions[key]

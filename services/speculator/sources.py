@@ -19,6 +19,9 @@ class DraftSource(Protocol):
     def open(self, key: SessionKey, tokens: Sequence[int], prompt_length: int, params: SamplingParams) -> None:
         """Start a session, in place of one of the same key. tokens: prompt and output so far, at least one."""
 
+    def prepare(self, keys: Sequence[SessionKey]) -> None:
+        """Compute now what the first drafts of these open sessions would have to."""
+
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         """Append what the verifier accepted to an open session."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.verifier.scheduler import SequencePlan
+from services.verifier.sequence import Sequence as RunningSequence
 from speculation.acceptance import Accepted
 from speculation.children import ChildSelection
 from speculation.merge import MergedDraft, merge_trees
@@ -46,6 +47,13 @@ class DraftBudget(ABC):
 
     Called in the order ask, merge, learn, once for each step. Only the engine's thread calls it.
     """
+
+    defers_first_drafts = False
+    """Whether steps that compute a sequence's prompt do without its draft, for which its first token would wait."""
+
+    def opening(self, plans: Sequence[SequencePlan]) -> Sequence[RunningSequence]:
+        """Sequences that will draft when their prompt is computed, for which speculators can prepare meanwhile."""
+        return ()
 
     @abstractmethod
     def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> Ask:

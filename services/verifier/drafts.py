@@ -44,6 +44,9 @@ class DraftSource(Protocol):
     def models(self) -> int:
         """How many trees it drafts for a sequence, look-up not counted beside models; 0 while it is down."""
 
+    def open(self, sequences: Items[Sequence]) -> None:
+        """These will want drafts soon: what their text costs the source can be computed now."""
+
     def send(self, step: int, orders: Items[DraftOrder]) -> bool:
         """Ask for drafts; False when the source is down."""
 
@@ -94,7 +97,10 @@ class DraftCollector:
 
     def ask(self, plans: Items[SequencePlan]) -> Asked:
         """Choose what to draft for the sequences that decode, and send for it."""
-        wishes = [Wish(plan, self._selection(plan)) for plan in plans if plan.draft_nodes > 0 and self.sources]
+        wishes = [Wish(plan, self._selection(plan)) for plan in plans if self._may_draft(plan)]
+        if opening := self.budget.opening(plans):
+            for source in self.sources:
+                source.open(opening)
         ask = self.budget.ask(plans, wishes)
         orders = [self._order(wish, ask) for wish in wishes if wish.id in ask.nodes]
         asked: list[DraftSource] = []
@@ -117,6 +123,10 @@ class DraftCollector:
     def flush(self) -> None:
         for source in self.sources:
             source.flush()
+
+    def _may_draft(self, plan: SequencePlan) -> bool:
+        deferred = self.budget.defers_first_drafts and plan.computes_prompt
+        return plan.draft_nodes > 0 and bool(self.sources) and not deferred
 
     def _selection(self, plan: SequencePlan) -> ChildSelection:
         return resolve_rule(self.settings.rule, plan.sequence.request.sampling).selection

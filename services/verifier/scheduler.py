@@ -41,6 +41,10 @@ class SequencePlan:
     draft_nodes: int
     draft_depth: int
 
+    @property
+    def computes_prompt(self) -> bool:
+        return self.chunk_end > self.sequence.cache.length
+
 
 class Scheduler:
     """Holds the waiting and the running sequences; plans steps in the order of arrival."""

@@ -85,6 +85,10 @@ class SpeculatorLink:
         stream = self._stream
         return 0 if stream is None else stream.models
 
+    def open(self, sequences: Sequence[RunningSequence]) -> None:
+        if (stream := self._stream) is not None:
+            stream.open(sequences)
+
     def send(self, step: int, orders: Sequence[DraftOrder]) -> bool:
         stream = self._stream
         if stream is None:
@@ -196,6 +200,11 @@ class _Stream:
             if response is None:
                 self._responses.put(None)  # the next receive tells that the stream has ended
         return time.monotonic() - self._sent_at if self._unanswered else 0.0
+
+    def open(self, sequences: Sequence[RunningSequence]) -> None:
+        if new := [sequence for sequence in sequences if sequence.id not in self._known]:
+            self._outbox.put(self._requests, wire.opening(new))
+            self._known.update({sequence.id: len(sequence.tokens) for sequence in new})
 
     def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
         self.flush()

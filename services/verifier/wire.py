@@ -10,6 +10,7 @@ from protos import speculator_pb2, verifier_pb2
 from services.common.tree_wire import sampling_from_wire, sampling_to_wire, tree_from_wire
 from services.verifier.drafts import DraftOrder
 from services.verifier.request import FinishReason, GenerationRequest, InvalidRequest, StepOutput, TokenLogprob
+from services.verifier.sequence import Sequence as RunningSequence
 from speculation.expansion import ChildSelection
 from speculation.tree import InvalidTree, TokenTree
 
@@ -60,6 +61,24 @@ def _logprob(entry: TokenLogprob) -> verifier_pb2.TokenLogprob:
     )
 
 
+def opening(sequences: Sequence[RunningSequence]) -> speculator_pb2.SpeculateRequest:
+    """Sequences that will want drafts soon."""
+    message = speculator_pb2.SpeculateRequest()
+    for sequence in sequences:
+        _open(message, sequence, prepare=True)
+    return message
+
+
+def _open(message: speculator_pb2.SpeculateRequest, sequence: RunningSequence, *, prepare: bool) -> None:
+    message.open.add(
+        sequence_id=sequence.id,
+        token_ids=sequence.tokens,
+        sampling=sampling_to_wire(sequence.request.sampling),
+        prompt_length=len(sequence.request.prompt),
+        prepare=prepare,
+    )
+
+
 def speculate_request(
     step: int, orders: Sequence[DraftOrder], known: Mapping[int, int]
 ) -> speculator_pb2.SpeculateRequest:
@@ -68,12 +87,7 @@ def speculate_request(
     for order in orders:
         sequence = order.sequence
         if sequence.id not in known:
-            message.open.add(
-                sequence_id=sequence.id,
-                token_ids=sequence.tokens,
-                sampling=sampling_to_wire(sequence.request.sampling),
-                prompt_length=len(sequence.request.prompt),
-            )
+            _open(message, sequence, prepare=False)
         elif fresh := sequence.tokens[known[sequence.id] :]:
             message.advance.add(sequence_id=sequence.id, token_ids=fresh)
         message.draft.add(

@@ -198,6 +198,46 @@ def test_a_draft_is_grown_behind_probable_paths_only(native: bool, model: Transf
         assert len(grown) < len(set(draft_of(chosen, GREEDY, order(), calibration=sharp).parents[1:]))
 
 
+def test_a_prepared_session_has_only_its_root_to_compute(model: Transformer) -> None:
+    prompts = {key: PROMPT * length for key, length in (((1, 1), 1), ((1, 2), 4))}
+    ahead = drafter(model, prefill_chunk=8)
+    for key, prompt in prompts.items():
+        ahead.open(key, prompt, len(prompt), GREEDY)
+    ahead.prepare(list(prompts))
+    written = ahead.cache.data.abs().sum(dim=(0, 1, 3, 4)) > 0
+    assert int(written.sum()) == sum(len(prompt) - 1 for prompt in prompts.values())
+    trees = ahead.draft([order(1), order(2)])
+    assert {key: shape(tree) for key, tree in trees.items()} == {
+        key: fresh_draft(model, prompt, GREEDY, order(key[1])) for key, prompt in prompts.items()
+    }
+
+
+def test_preparing_leaves_what_others_have_yet_to_move(model: Transformer) -> None:
+    busy = drafter(model)
+    busy.open((1, 1), PROMPT, len(PROMPT), GREEDY)
+    tree = busy.draft([order(1)])[1, 1]
+    path = [tree.token_ids[node] for node in tree.path(len(tree) - 1)]
+    busy.advance((1, 1), [*path, 3])
+    busy.open((1, 2), PROMPT * 3, 3 * len(PROMPT), GREEDY)
+    busy.prepare([(1, 2)])
+    trees = busy.draft([order(1), order(2)])
+    assert shape(trees[1, 1]) == fresh_draft(model, [*PROMPT, *path, 3], GREEDY, order(1))
+    assert shape(trees[1, 2]) == fresh_draft(model, PROMPT * 3, GREEDY, order(2))
+
+
+def test_what_has_no_room_is_prepared_with_its_draft(model: Transformer) -> None:
+    tight = drafter(model, sequences=1)
+    prompt = PROMPT * (CONTEXT // len(PROMPT) - 2)
+    for key in ((1, 1), (1, 2)):
+        tight.open(key, prompt, len(prompt), GREEDY)
+    tight.prepare([(1, 1), (1, 2)])
+    for sequence in (1, 2):
+        wanted = order(sequence)
+        assert shape(tight.draft([wanted])[wanted.key]) == fresh_draft(model, prompt, GREEDY, wanted)
+    tight.open((1, 3), PROMPT * CONTEXT, len(PROMPT), GREEDY)
+    tight.prepare([(1, 3)])  # longer than the model's context: nothing to do
+
+
 def test_a_whole_accepted_path_leaves_the_next_root_uncomputed(model: Transformer) -> None:
     kept = drafter(model, beam=8)
     wanted = order(depth=3)
