@@ -83,14 +83,14 @@ def _samples(port: int) -> dict[str, float]:
 
 
 async def measure_round_trips(
-    llm: str, prompts: Sequence[str], streams: Sequence[int], new_tokens: int
+    up: UpSettings, prompts: Sequence[str], streams: Sequence[int], new_tokens: int
 ) -> list[RoundTrips]:
     """One running stack, asked with each number of streams at once.
 
     Raises:
         ServiceFailed, NoRedisServer, ModelFilesError: a part cannot start. RequestFailed: an answer failed.
     """
-    tokenizer = GatewayTokenizer.from_folder(resolve_model(llm))
+    tokenizer = GatewayTokenizer.from_folder(resolve_model(up.llm))
     ids: list[Prompt] = [tokenizer.encode(prompt) for prompt in prompts]
     ports = free_port(), free_port()
     options = {
@@ -98,7 +98,7 @@ async def measure_round_trips(
         "speculator": {"metrics_port": ports[1]},
     }
     metrics = Metrics(*ports)
-    async with running_stack(UpSettings(llm=llm), options, lambda _: None) as stack:
+    async with running_stack(up, options, lambda _: None) as stack:
         client = await asyncio.to_thread(CompletionClient.connect, stack.url)
         await asyncio.to_thread(measure_load, client, "", ids, new_tokens, 1, 0)
         found = []
@@ -140,6 +140,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     llm: Annotated[str, typer.Option(help="Large model: a folder or a hub id.")] = EMBEDDED_LLM,
+    ssm: Annotated[
+        list[str] | None, typer.Option(help="Small model that drafts; repeatable. [default: models/default-ssm-1]")
+    ] = None,
     streams: Annotated[
         list[int] | None, typer.Option(min=1, help="Streams at once; repeatable. [default: 1 8 32]")
     ] = None,
@@ -151,7 +154,8 @@ def main(
     machine = describe_machine(0)
     try:
         with console.status("asking the stack"):
-            rows = asyncio.run(measure_round_trips(llm, read_prompts(PROMPTS), streams or STREAMS, new_tokens))
+            up = UpSettings(llm=llm, ssm=tuple(ssm or ()))
+            rows = asyncio.run(measure_round_trips(up, read_prompts(PROMPTS), streams or STREAMS, new_tokens))
     except (ServiceFailed, NoRedisServer, ModelFilesError, SettingsError, RequestFailed) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
