@@ -15,6 +15,7 @@ import numpy as np
 
 from services.verifier.budget import Ask, DraftBudget, Wish
 from services.verifier.scheduler import SequencePlan
+from services.verifier.sequence import Sequence as RunningSequence
 from speculation.acceptance import Accepted
 from speculation.budget import Choice, Floats, StepPrice, choose_drafting, nodes_that_pay
 from speculation.children import ChildSelection
@@ -121,6 +122,8 @@ class _Step:
 class MeasuredBudget(DraftBudget):
     """Drafts and verifies what makes tokens come fastest, by measured times and measured acceptance."""
 
+    defers_first_drafts = True
+
     def __init__(self, curve: StepCurve, most_nodes: int, most_depth: int) -> None:
         self.curve = curve
         self._most_depth = most_depth
@@ -138,6 +141,13 @@ class MeasuredBudget(DraftBudget):
         self._held_for: tuple[tuple[int, ...], int] = ((), 0)
         self._held_steps = 0
         self._step: _Step | None = None
+
+    def opening(self, plans: Sequence[SequencePlan]) -> Sequence[RunningSequence]:
+        if self._held is None or not self._held.chosen:
+            return ()
+        opening = [plan.sequence for plan in plans if plan.computes_prompt and plan.sequence.wants_drafts]
+        self._known.update({sequence.id: len(sequence.tokens) for sequence in opening})
+        return opening
 
     def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> Ask:
         step = self._step = self._begin(plans, wishes)

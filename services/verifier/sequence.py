@@ -38,6 +38,11 @@ class Sequence:
         return self.request.max_new_tokens - self.generated
 
     @property
+    def wants_drafts(self) -> bool:
+        """Whether drafts are of use to it, from its next token but one on."""
+        return self.request.speculative and self.remaining > 2
+
+    @property
     def uncomputed(self) -> int:
         """Tokens before the root whose KV is missing."""
         return len(self.tokens) - 1 - self.cache.length

@@ -250,3 +250,17 @@ def test_sampled_trees_are_never_pruned() -> None:
         world.one_step([sequence])
         drafted = world.drafted.get(sequence.id)
         assert drafted is None or world.nodes[-1] == drafted
+
+
+def test_speculators_prepare_for_what_will_draft_when_its_prompt_is_computed() -> None:
+    """After drafts that paid, and for sequences that have tokens left to draft."""
+    world = World(memory_bound, right=0.9)
+    long, short = world.sequence(40), world.sequence(2)
+    for sequence in (long, short):
+        sequence.cache = CachedSequence()
+    plans = [SequencePlan(sequence, len(sequence.tokens) - 1, True, NODES, 2) for sequence in (long, short)]
+    assert world.budget.opening(plans) == ()
+    assert world.speedup(streams=1, steps=200) > 1
+    assert world.budget.opening(plans) == [long]
+    long.cache.length = len(long.tokens) - 1
+    assert world.budget.opening(plans) == []
