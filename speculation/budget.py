@@ -9,12 +9,11 @@ AdaServe and TurboSpec share a budget by load; here the price of a node is the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from speculation.tree import TokenTree
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -23,11 +22,11 @@ Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 class StepPrice:
     """What a step costs.
 
-    seconds: by extra rows, float64 [most rows + 1]: seconds[0] is the step without any draft node. Never falling.
+    seconds: by extra rows [most rows + 1]: seconds[0] is the step without any draft node. Never falling.
     """
 
     tokens: int
-    seconds: Floats
+    seconds: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ def choose_drafting(step: StepPrice, once: Floats, each: Floats, sizes: Sequence
     sizes: numbers of nodes that trees may be pruned to. gains: [options, sizes, sequences], expected accepted tokens of
         such a tree.
     """
-    plain = Choice(0, (), 0, step.tokens, float(step.seconds[0]))
+    plain = Choice(0, (), 0, step.tokens, step.seconds[0])
     if gains.shape[2] == 0:
         return plain
     order = np.argsort(each * plain.rate - gains.max(axis=1), axis=1, kind="stable")
     tokens = step.tokens + np.cumsum(np.take_along_axis(gains, order[:, None], axis=2), axis=2)
     rows = np.minimum(np.outer(sizes, np.arange(1, gains.shape[2] + 1)), len(step.seconds) - 1)
     drafting = once[:, None] + np.cumsum(np.take_along_axis(each, order, axis=1), axis=1)
-    seconds = step.seconds[rows] + drafting[:, None]
+    seconds = np.asarray(step.seconds)[rows] + drafting[:, None]
     option, size, most = np.unravel_index(int(np.argmax(tokens / seconds)), tokens.shape)
     chosen = tuple(sorted(order[option, : most + 1].tolist()))
     place = (option, size, most)
@@ -71,29 +70,38 @@ def choose_drafting(step: StepPrice, once: Floats, each: Floats, sizes: Sequence
     return best if best.rate > plain.rate else plain
 
 
-def best_prefix(step: StepPrice, probabilities: Floats) -> int:
-    """How many of the nodes to verify, whose path probabilities fall; 0..len(probabilities)."""
-    room = min(len(probabilities), len(step.seconds) - 1)
-    tokens = step.tokens + np.concatenate(([0.0], np.cumsum(probabilities[:room])))
-    return int(np.argmax(tokens / step.seconds[: room + 1]))
+def best_prefix(step: StepPrice, probabilities: Sequence[float]) -> tuple[int, float]:
+    """How many of the nodes to verify, whose path probabilities fall, 0..len(probabilities), and the sum of theirs."""
+    best, gained = 0, 0.0
+    tokens = float(step.tokens)
+    best_tokens, best_seconds = tokens, step.seconds[0]
+    for count, (probability, seconds) in enumerate(zip(probabilities, step.seconds[1:], strict=False), start=1):
+        tokens += probability
+        if tokens * best_seconds > best_tokens * seconds:
+            best, gained = count, tokens - step.tokens
+            best_tokens, best_seconds = tokens, seconds
+    return best, gained
 
 
-def nodes_that_pay(trees: Sequence[TokenTree], step: StepPrice) -> list[list[int]]:
-    """For each tree the nodes that pay for themselves, over the whole batch: rising, with the root, itself a tree.
+def nodes_that_pay(trees: Sequence[Sequence[float]], step: StepPrice) -> tuple[list[list[int]], float]:
+    """For each tree the nodes that pay for themselves, over the whole batch, and how many of all will be accepted.
 
-    The confidences of a tree are the estimates of its nodes' path probabilities. Since no child is surer than its
-    parent, the most probable nodes of a tree are a tree. Not for trees with sampled children: what is kept of a draw
-    must not depend on what was drawn.
+    trees: the confidences of each tree's nodes, estimates of their path probabilities. Nodes: rising, with the root,
+    themselves a tree: no child is surer than its parent, so that the most probable nodes of a tree are one. Not for
+    trees with sampled children: what is kept of a draw must not depend on what was drawn.
     """
-    confidences = [np.asarray(tree.confidences[1:]) for tree in trees]
-    flat = np.concatenate([np.zeros(0), *confidences])
-    # Stable: of equally probable nodes of a tree the first one comes first, a parent before its child.
-    order = np.argsort(-flat, kind="stable")
-    kept = np.zeros(len(flat), dtype=bool)
-    kept[order[: best_prefix(step, np.exp(flat[order]))]] = True
+    flat = [confidence for own in trees for confidence in own[1:]]
+    # Stable: of equally probable nodes of a tree the one that stands first comes first, a parent before its child.
+    order = sorted(range(len(flat)), key=flat.__getitem__, reverse=True)
+    count, gained = best_prefix(step, [math.exp(flat[place]) for place in order])
+    kept = sorted(order[:count])
     nodes: list[list[int]] = []
-    start = 0
-    for own in confidences:
-        mask = kept[start : (start := start + len(own))]
-        nodes.append([0, *(np.flatnonzero(mask) + 1).tolist()])
-    return nodes
+    start = used = 0
+    for own in trees:
+        end = start + len(own) - 1
+        first = used
+        while used < count and kept[used] < end:
+            used += 1
+        nodes.append([0, *[place - start + 1 for place in kept[first:used]]])
+        start = end
+    return nodes, gained

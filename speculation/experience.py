@@ -1,22 +1,24 @@
 """What drafts have proved to be worth: measured acceptance by source and depth, gain by size, and the time they took.
 
 All of it fades: old measurements weigh less than new ones. It steers how much is drafted and kept, never the output.
+Each class gives its state as what JSON can hold, and takes it back with a share of its weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from speculation.tree import TokenTree
 
-Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-
 # Trees that a prior weighs as much as, and that are remembered.
-_PRIOR_TREES = 3.0
-RELIABILITY_MEMORY = 256.0
+_PRIOR_TREES = 4.0
+RELIABILITY_MEMORY = 128.0
 GAIN_MEMORY = 64.0
 _LEAST_RATIO, _MOST_RATIO = 0.001, 4.0
 # A draft that makes no estimate: each level is half as likely as the one above.
@@ -30,47 +32,63 @@ class Reliability:
     """
 
     def __init__(self) -> None:
-        self._hits: dict[tuple[str, int], float] = {}
-        self._promised: dict[tuple[str, int], float] = {}
+        self._counts: dict[str, list[list[float]]] = {}  # by source and depth: accepted, promised
+        self._scales: dict[str, list[float]] = {}  # log of the ratios, of sources about which nothing new is known
 
     def ratio(self, source: str, depth: int) -> float:
         """What a promise of this source at this depth is to be multiplied by."""
-        key = (source, depth)
+        counts = self._counts.get(source, [])
+        hits, promised = counts[depth] if depth < len(counts) else (0.0, 0.0)
         # One tree promises about 2^-depth at a depth: the prior weighs as much as _PRIOR_TREES of them.
         prior = _PRIOR_TREES * 2.0**-depth
-        ratio = (self._hits.get(key, 0.0) + prior) / (self._promised.get(key, 0.0) + prior)
-        return min(max(ratio, _LEAST_RATIO), _MOST_RATIO)
+        return min(max((hits + prior) / (promised + prior), _LEAST_RATIO), _MOST_RATIO)
 
-    def correct(self, tree: TokenTree) -> TokenTree:
-        """The tree with confidences as measurements make them; a child stays at most as sure as its parent."""
-        promised = promises(tree)
-        depths = tree.depths()
-        scale = [math.log(self.ratio(tree.source, depth)) for depth in range(max(depths) + 1)]
-        confidences = [0.0] * len(tree)
-        for node in range(1, len(tree)):
-            confidences[node] = min(promised[node] + scale[depths[node]], confidences[tree.parents[node]])
-        return tree.with_confidences(tuple(confidences))
+    def corrected(self, tree: TokenTree) -> list[float]:
+        """The confidences as measurements make them; a child stays at most as sure as its parent."""
+        if (scales := self._scales.get(tree.source)) is None:
+            depths = range(len(self._counts.get(tree.source, ())))
+            scales = self._scales[tree.source] = [math.log(self.ratio(tree.source, depth)) for depth in depths]
+        known = len(scales)
+        depth, confidences = [0], [0.0]
+        for parent, promised in zip(tree.parents[1:], promises(tree)[1:], strict=True):
+            below = depth[parent] + 1
+            depth.append(below)
+            confidence = promised + scales[below] if below < known else promised
+            confidences.append(min(confidence, confidences[parent]))
+        return confidences
 
     def learn(
-        self, tree: TokenTree, verified: Sequence[bool], accepted: Sequence[bool], memory: float = RELIABILITY_MEMORY
+        self,
+        tree: TokenTree,
+        verified: Iterable[int],
+        accepted: AbstractSet[int],
+        memory: float = RELIABILITY_MEMORY,
     ) -> None:
-        """Compare what a tree promised of the nodes that were verified with what was accepted of them.
+        """Compare what a tree promised of the nodes that were verified with those that were accepted.
 
         memory: how many trees are remembered; fewer where trees are rare, so that it is not too long ago.
         """
-        promised, hits = promises(tree), [0.0] * len(tree)
-        sums: dict[int, float] = {}
-        depths = tree.depths()
-        for node in range(1, len(tree)):
-            if verified[node]:
-                depth = depths[node]
-                sums[depth] = sums.get(depth, 0.0) + math.exp(promised[node])
-                hits[depth] += accepted[node]
+        promised, depths = promises(tree), tree.depths()
+        sums: dict[int, list[float]] = {}
+        for node in verified:
+            if node > 0:
+                here = sums.setdefault(depths[node], [0.0, 0.0])
+                here[0] += node in accepted
+                here[1] += math.exp(promised[node])
+        counts = self._counts.setdefault(tree.source, [])
         keep = 1 - 1 / memory
-        for depth, total in sums.items():
-            key = (tree.source, depth)
-            self._promised[key] = keep * self._promised.get(key, 0.0) + total
-            self._hits[key] = keep * self._hits.get(key, 0.0) + hits[depth]
+        for depth, (hits, total) in sums.items():
+            while len(counts) <= depth:
+                counts.append([0.0, 0.0])
+            counts[depth] = [keep * counts[depth][0] + hits, keep * counts[depth][1] + total]
+        self._scales.pop(tree.source, None)
+
+    def state(self) -> dict[str, list[list[float]]]:
+        return {source: list(counts) for source, counts in list(self._counts.items())}
+
+    def restore(self, state: dict[str, list[list[float]]], share: float) -> None:
+        for source, counts in state.items():
+            self._counts[source] = [[share * hits, share * promised] for hits, promised in counts]
 
 
 def promises(tree: TokenTree) -> Sequence[float]:
@@ -89,22 +107,32 @@ def promises(tree: TokenTree) -> Sequence[float]:
 class Gain:
     """Accepted draft tokens to expect of a tree of up to k nodes, kept the most probable first.
 
-    sizes: the k that are told apart, and expected: float64 [sizes], what each is thought to bring.
+    sizes: the k that are told apart, and expected: what each is thought to bring.
     prior: of one node, before anything was measured; each further one adds half of what the one before added.
     """
 
     def __init__(self, sizes: Sequence[int], prior: float = 0.7) -> None:
         self.sizes = tuple(sizes)
-        self.expected = np.array([prior * (2 - 0.5 ** (size - 1)) for size in sizes])
-        self._weights = np.full(len(sizes), _PRIOR_TREES)
+        self.expected = [prior * (2 - 0.5 ** (size - 1)) for size in sizes]
+        self._weights = [_PRIOR_TREES] * len(sizes)
 
     def learn(self, probabilities: Sequence[float], asked: int, memory: float = GAIN_MEMORY) -> None:
         """probabilities: of the paths of a tree's nodes, falling; 1 for those known to be right. asked: its room."""
-        sums = np.cumsum([0.0, *probabilities])
+        sums = list(accumulate(probabilities, initial=0.0))
         for index, size in enumerate(self.sizes):
             if size <= asked:
                 weight = self._weights[index] = min(self._weights[index] + 1, memory)
                 self.expected[index] += (sums[min(size, len(sums) - 1)] - self.expected[index]) / weight
+
+    def state(self) -> list[list[float]]:
+        return [list(self.expected), list(self._weights)]
+
+    def restore(self, state: list[list[float]], share: float) -> None:
+        """Raises ValueError when it is of other sizes."""
+        for index, (expected, weight) in enumerate(zip(*state, strict=True)):
+            if index >= len(self.sizes):
+                raise ValueError(f"gains of {len(state[0])} sizes, not of {len(self.sizes)}")
+            self.expected[index], self._weights[index] = float(expected), max(_PRIOR_TREES, share * weight)
 
 
 class LinearFit:
@@ -112,32 +140,37 @@ class LinearFit:
 
     def __init__(self, prior: Sequence[float], confidence: Sequence[float], memory: float = 100.0) -> None:
         """confidence: how many measurements of 1 the prior of each weight is worth."""
-        self._prior = np.array(prior, dtype=np.float64)
-        self._ridge = np.diag(np.array(confidence, dtype=np.float64))
+        self._prior = [float(weight) for weight in prior]
+        self._confidence = [float(weight) for weight in confidence]
         self._keep = 1 - 1 / memory
-        self._products = np.zeros((len(prior), len(prior)))
-        self._targets = np.zeros(len(prior))
+        self._products = [[0.0] * len(prior) for _ in prior]
+        self._targets = [0.0] * len(prior)
         self.weights = self._prior
 
+    def solve(self) -> list[float]:
+        """The weights anew, by all that was observed; until the next time predictions are made with these."""
+        matrix = np.array(self._products) + np.diag(self._confidence)
+        right = np.array(self._targets) + np.multiply(self._confidence, self._prior)
+        self.weights = np.linalg.solve(matrix, right).tolist()
+        return self.weights
+
     def predict(self, features: Sequence[float]) -> float:
-        return float(self.weights @ np.array(features))
+        return sum([weight * x for weight, x in zip(self.weights, features, strict=True)])
 
     def observe(self, features: Sequence[float], value: float) -> None:
-        x = np.array(features, dtype=np.float64)
-        self._products = self._keep * self._products + np.outer(x, x)
-        self._targets = self._keep * self._targets + x * value
-        self.weights = _solve(self._products + self._ridge, self._targets + self._ridge @ self._prior)
+        keep = self._keep
+        for row, (x, products) in enumerate(zip(features, self._products, strict=True)):
+            self._products[row] = [keep * old + x * y for old, y in zip(products, features, strict=True)]
+            self._targets[row] = keep * self._targets[row] + x * value
 
+    def state(self) -> dict[str, Any]:
+        return {"products": list(self._products), "targets": list(self._targets)}
 
-def _solve(matrix: Floats, right: Floats) -> Floats:
-    """x of matrix x = right, for a small positive definite matrix, by Gauss-Jordan elimination.
-
-    LAPACK would start threads for it, which go on spinning beside the kernels' own.
-    """
-    rows = np.column_stack((matrix, right))
-    for pivot in range(len(right)):
-        rows[pivot] /= rows[pivot, pivot]
-        for other in range(len(right)):
-            if other != pivot:
-                rows[other] -= rows[other, pivot] * rows[pivot]
-    return rows[:, -1].copy()
+    def restore(self, state: dict[str, Any], share: float) -> None:
+        """Raises ValueError when it is of another number of weights."""
+        products, targets = state["products"], state["targets"]
+        if [len(row) for row in products] != [len(self._prior)] * len(self._prior) or len(targets) != len(self._prior):
+            raise ValueError(f"a fit of {len(targets)} weights, not of {len(self._prior)}")
+        self._products = [[share * value for value in row] for row in products]
+        self._targets = [share * value for value in targets]
+        self.solve()

@@ -1,54 +1,152 @@
 """Whether drafting keeps what it promises: drafted steps against plain ones, by the clock alone.
 
 The choice of how much to draft rests on models of cost and gain. They can be wrong in ways that they cannot see, so
-what they choose is held against plain decoding, and given up for a while where it was slower.
+there is an account in plain steps: each drafted step adds what it gained and takes what it lost. Drafting is given up
+where it has lost a small allowance, or gains nothing in the long run; for so long that what was lost is a small share
+of the time, and longer each time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 _PLAIN_STEPS = 3  # plain steps that must be known before any draft
 _PLAIN_MEMORY = 12.0
-_DRAFTED_MEMORY = 96.0
-_LEAST_STEPS, _LEAST_SEQUENCE_STEPS = 6, 64  # drafted steps before a verdict: so many and so many of each sequence
-_FIRST_PAUSE, _LONGEST_PAUSE = 128, 4096  # steps
+# A gain below this is within what the models are wrong by.
+_LEAST_GAIN = 1.02
+# Where a smaller load lost, only a clear gain is tried at once; any other after so many plain steps.
+_CLEAR_GAIN, _DOUBTFUL_PAUSE = 1.25, 1000.0
+# What drafting may lose, in plain steps: so much, and so much more for a single sequence, whose steps say little.
+_ALLOWANCE, _ALLOWANCE_OF_ONE = 1.0, 2.0
+# Gains are not saved up beyond this, so that a change for the worse is noticed.
+_MOST_SAVED = 4.0
+# Steps behind which the mean gain counts too, and that it is the mean of.
+_LONG_RUN = 64
+# Weight of what was expected against what came: that of so many sequences' steps, but never less than a share.
+_PRIOR_SEQUENCES, _LEAST_WEIGHT = 2.0, 0.1
+# Share of the time that trials may lose after the first failure; each further one halves it.
+_SHARE, _MOST_HALVINGS = 0.0125, 3
 
 
 class Guard:
-    """Of one load, which is a range of how many sequences decode.
+    """Of one way to draft at one load, which is a range of how many sequences decode.
 
-    Both kinds of steps are measured as seconds a token relative to what a plain step of the moment is believed to take,
-    so that the range may be wide.
+    Steps are measured relative to what a plain step of the moment is believed to take, so that the range may be wide.
     """
 
     def __init__(self) -> None:
         self._plain, self._plain_steps = 0.0, 0
-        self._expected = self._seconds = 0.0
-        self._drafted_steps = self._drafted_sequences = 0
-        self._pause, self._left = _FIRST_PAUSE, 0
+        self._account = self._mean = 0.0
+        self._steps = self._sequences = 0  # drafted since the trial began
+        self._failures = 0
+        self._pause = 0.0  # plain steps
+        self._doubted = False
 
     @property
-    def allows(self) -> bool:
-        """Whether the next step may draft."""
-        return self._plain_steps >= _PLAIN_STEPS and self._left == 0
+    def steps(self) -> int:
+        """Drafted ones since the trial began."""
+        return self._steps
+
+    @property
+    def tried(self) -> bool:
+        return self._steps > 0 or self._failures > 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether drafting was given up the last time."""
+        return self._failures > 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether plain steps are known and no pause is left."""
+        return self._plain_steps >= _PLAIN_STEPS and self._pause <= 0
+
+    @property
+    def young(self) -> bool:
+        """Whether so few plain steps are known that what is believed of them changes with each."""
+        return self._plain_steps < _PLAIN_MEMORY
 
     def plain(self, seconds: float, believed: float) -> None:
         """A plain step took so long, and was believed to take `believed`."""
-        self._left = max(0, self._left - 1)
+        self._pause -= 1
         self._plain_steps += 1
         self._plain += (seconds / believed - self._plain) / min(self._plain_steps, _PLAIN_MEMORY)
 
-    def drafted(self, tokens: int, sequences: int, seconds: float, believed: float) -> None:
-        """A drafted step gave `tokens` tokens; a plain step would have given `sequences` in `believed` seconds."""
-        keep = 1 - 1 / _DRAFTED_MEMORY
-        self._seconds = keep * self._seconds + seconds
-        self._expected = keep * self._expected + tokens * believed / sequences
-        self._drafted_steps += 1
-        self._drafted_sequences += sequences
-        if self._drafted_steps < _LEAST_STEPS or self._drafted_sequences < _LEAST_SEQUENCE_STEPS:
-            return
-        if self._seconds > self._plain * self._expected:
-            self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-            self._seconds = self._expected = 0.0
-            self._drafted_steps = self._drafted_sequences = 0
-        elif self._drafted_steps >= _DRAFTED_MEMORY:
-            self._pause = _FIRST_PAUSE
+    def drafted(self, tokens: int, expected: float, sequences: int, seconds: float, believed: float) -> None:
+        """A drafted step gave `tokens` tokens, of which `expected` were; a plain one gives `sequences` in `believed`.
+
+        In the first steps of a trial what was expected counts more: what comes of a few trees varies widely.
+        """
+        self._steps += 1
+        self._sequences += sequences
+        weight = max(_LEAST_WEIGHT, _PRIOR_SEQUENCES / (_PRIOR_SEQUENCES + self._sequences))
+        gained = (tokens + weight * (expected - tokens)) / sequences - seconds / (believed * self._plain)
+        self._account = min(self._account + gained, _MOST_SAVED)
+        self._mean += (gained - self._mean) / min(self._steps, _LONG_RUN)
+        allowance = _ALLOWANCE + _ALLOWANCE_OF_ONE / sequences
+        if self._account < -allowance or (self._steps >= _LONG_RUN and self._mean < 0):
+            self._give_up(max(-self._account, allowance))
+        elif self._steps >= 2 * _LONG_RUN:
+            self._failures = 0
+
+    def _give_up(self, lost: float) -> None:
+        self._pause = lost * 2.0 ** min(self._failures, _MOST_HALVINGS) / _SHARE
+        self._failures += 1
+        self._account = self._mean = 0.0
+        self._steps = self._sequences = 0
+
+    def doubt(self) -> bool:
+        """Puts a first trial off; False when it was put off before, or drafting was tried."""
+        if self._doubted or self.tried:
+            return False
+        self._doubted, self._pause = True, _DOUBTFUL_PAUSE
+        return True
+
+    def state(self) -> Sequence[float]:
+        return [self._plain, self._plain_steps, self._account, self._mean, self._steps, self._failures, self._pause]
+
+    def restore(self, state: Sequence[float], share: float) -> None:
+        """Raises ValueError or TypeError when it is of another form."""
+        plain, plain_steps, account, mean, steps, failures, pause = state
+        self._plain, self._plain_steps = float(plain), min(int(plain_steps), _PLAIN_STEPS)
+        self._account, self._mean, self._pause = share * account, float(mean), share * pause
+        self._steps, self._failures = round(share * min(steps, _LONG_RUN)), int(failures)
+
+
+class Guards:
+    """One for each way to draft at each load, a power of two of the sequences that decode.
+
+    ways: how many ways are told apart. What a way has shown at a smaller load is evidence.
+    """
+
+    def __init__(self, ways: int) -> None:
+        self._ways = ways
+        self._guards: dict[int, list[Guard]] = {}
+
+    def at(self, sequences: int) -> list[Guard]:
+        """By way."""
+        load = sequences.bit_length()
+        if (guards := self._guards.get(load)) is None:
+            guards = self._guards[load] = [Guard() for _ in range(self._ways)]
+        return guards
+
+    def allow(self, sequences: int, way: int, gain: float) -> bool:
+        """Whether the next step may draft, thought to give `gain` times the tokens per second of a plain one."""
+        guard = self.at(sequences)[way]
+        if not guard.ready or gain < _LEAST_GAIN:
+            return False
+        doubtful = gain < _CLEAR_GAIN and self._failed_below(sequences.bit_length(), way)
+        return not (doubtful and guard.doubt())
+
+    def _failed_below(self, load: int, way: int) -> bool:
+        tried = [below for below, guards in self._guards.items() if below < load and guards[way].tried]
+        return bool(tried) and self._guards[max(tried)][way].failed
+
+    def state(self) -> dict[str, Sequence[Sequence[float]]]:
+        return {str(load): [guard.state() for guard in guards] for load, guards in list(self._guards.items())}
+
+    def restore(self, state: Mapping[str, Sequence[Sequence[float]]], share: float) -> None:
+        for load, kept in state.items():
+            self._guards[int(load)] = [Guard() for _ in range(self._ways)]
+            for guard, own in zip(self._guards[int(load)], kept, strict=True):
+                guard.restore(own, share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from speculation.tree import InvalidTree, TokenTree
 
@@ -25,25 +25,33 @@ class MergedDraft:
     maps: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def single(cls, tree: TokenTree) -> MergedDraft:
-        """The draft of one tree, as it is but for the order of its nodes."""
-        order = tree.subtree_order()
-        new = {old: index for index, old in enumerate(order)}
-        return cls(tree.select(order), (tree,), (tuple(new[old] for old in range(len(tree))),))
+    def single(
+        cls, tree: TokenTree, nodes: Sequence[int] | None = None, confidences: Sequence[float] | None = None
+    ) -> MergedDraft:
+        """The draft of one tree, as it is but for the order of its nodes.
 
-    def keep(self, nodes: Sequence[int]) -> MergedDraft:
+        nodes: those that are kept, rising, with the root and every node's parent; None for all.
+        confidences: of all nodes of the tree, instead of its own.
+        """
+        order = tree.subtree_order(nodes)
+        new = {old: index for index, old in enumerate(order)}
+        own = None if confidences is None else tuple([confidences[old] for old in order])
+        return cls(tree.select(order, own), (tree,), (tuple([new.get(old, -1) for old in range(len(tree))]),))
+
+    def keep(self, nodes: Sequence[int], confidences: Sequence[float]) -> MergedDraft:
         """The draft with these nodes of its tree alone, which must be rising, hold the root and every node's parent.
+
+        confidences: of all nodes of its tree, instead of the tree's own.
 
         Raises:
             InvalidTree: the root or a parent is missing.
         """
+        tree = self.tree.select(nodes, tuple([confidences[node] for node in nodes]))
+        if len(nodes) == len(self.tree):
+            return MergedDraft(tree, self.components, self.maps)
         new = {old: index for index, old in enumerate(nodes)}
         maps = tuple(tuple([new.get(node, -1) for node in mapping]) for mapping in self.maps)
-        return MergedDraft(self.tree.select(nodes), self.components, maps)
-
-    def with_confidences(self, confidences: tuple[float, ...]) -> MergedDraft:
-        """The same draft with other confidences of its merged nodes."""
-        return replace(self, tree=self.tree.with_confidences(confidences))
+        return MergedDraft(tree, self.components, maps)
 
 
 class _Union:
@@ -62,10 +70,9 @@ class _Union:
         self.confidences = [0.0]
         self._nodes: dict[tuple[int, int], int] = {}
 
-    def add(self, tree: TokenTree) -> list[int]:
+    def add(self, tree: TokenTree, confidences: Sequence[float]) -> list[int]:
         """Merged node of each node of the tree."""
         mapping = [0]
-        confidences = tree.confidences or _rank_confidences(tree)
         for token_id, parent, confidence in zip(tree.token_ids[1:], tree.parents[1:], confidences[1:], strict=True):
             above = mapping[parent]
             merged = self._nodes.setdefault((above, token_id), len(self.token_ids))
@@ -104,13 +111,18 @@ class _Union:
         return order
 
 
-def merge_trees(trees: Sequence[TokenTree], max_nodes: int | None = None) -> MergedDraft:
+def merge_trees(
+    trees: Sequence[TokenTree],
+    max_nodes: int | None = None,
+    confidences: Sequence[Sequence[float]] | None = None,
+) -> MergedDraft:
     """The union of the root paths of the trees.
 
     max_nodes: upper bound of the merged nodes, the root not counted. Trees without distributions keep the most probable
         nodes of the union. Trees with sampled children lose whole levels, counted before duplicates are merged: the
         number of draws of a level does not depend on what was drawn there, so that multi-step speculative sampling
         stays unbiased.
+    confidences: of each tree without distributions, instead of its own.
 
     A tree without confidences counts with 2^-(sum over a node's path of 1 + place among its siblings).
 
@@ -118,13 +130,15 @@ def merge_trees(trees: Sequence[TokenTree], max_nodes: int | None = None) -> Mer
         InvalidTree: no tree is given, the roots differ, or the union is larger than a tree may be.
     """
     _check(trees, max_nodes)
-    if len(trees) == 1 and trees[0].confidences and (max_nodes is None or len(trees[0]) <= max_nodes + 1):
+    if confidences is None and _is_merged(trees, max_nodes):
         return MergedDraft.single(trees[0])
     sampled = any(tree.distributions for tree in trees)
     if max_nodes is not None and sampled:
         trees = _cut_levels(trees, max_nodes)
     union = _Union(trees[0].token_ids[0])
-    mappings = [union.add(tree) for tree in trees]
+    if confidences is None:
+        confidences = [tree.confidences or _rank_confidences(tree) for tree in trees]
+    mappings = [union.add(tree, own) for tree, own in zip(trees, confidences, strict=True)]
     order = union.depth_first(max_nodes, by_confidence=not sampled)
     final = [-1] * len(union.token_ids)
     for index, old in enumerate(order):
@@ -136,6 +150,11 @@ def merge_trees(trees: Sequence[TokenTree], max_nodes: int | None = None) -> Mer
         confidences=tuple([union.confidences[old] for old in order]),
     )
     return MergedDraft(tree, tuple(trees), tuple(tuple([final[old] for old in mapping]) for mapping in mappings))
+
+
+def _is_merged(trees: Sequence[TokenTree], max_nodes: int | None) -> bool:
+    """Whether it is one tree that may stay as it is."""
+    return len(trees) == 1 and bool(trees[0].confidences) and (max_nodes is None or len(trees[0]) <= max_nodes + 1)
 
 
 def _check(trees: Sequence[TokenTree], max_nodes: int | None) -> None:

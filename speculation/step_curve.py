@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 
@@ -24,45 +27,65 @@ class StepCurve:
     def __init__(self, points: Mapping[int, float]) -> None:
         if not points or not all(rows > 0 and 0 < seconds < float("inf") for rows, seconds in points.items()):
             raise ValueError(f"a curve needs points of positive rows and seconds, got {dict(points)}")
-        self._rows = np.array(sorted(points), dtype=np.float64)
-        self._seconds = np.array([points[rows] for rows in sorted(points)], dtype=np.float64)
-        self._measured = np.zeros(len(points))
-        self._table = np.zeros(0)
+        self._rows = sorted(points)
+        self._seconds = [points[rows] for rows in self._rows]
+        self._measured = [0.0] * len(points)
+        self._rising = list(accumulate(self._seconds, max))
+        self._table: list[float] = []  # empty: to be made again
 
     @property
     def points(self) -> dict[int, float]:
         """The points as they are believed now, never falling."""
-        return dict(zip(map(int, self._rows), np.maximum.accumulate(self._seconds).tolist(), strict=True))
+        return dict(zip(self._rows, self._rising, strict=True))
 
-    def table(self, rows: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """float64 [at least rows + 1]: seconds of a step of each number of rows; that of 0 is that of 1."""
+    def table(self, rows: int) -> list[float]:
+        """At least rows + 1 entries: seconds of a step of each number of rows; that of 0 is that of 1."""
         if len(self._table) <= rows:
-            self._tabulate(max(rows, 2 * len(self._table), int(self._rows[-1])))
+            self._tabulate(max(rows, self._rows[-1]))
         return self._table
 
     def seconds(self, rows: int) -> float:
-        return float(self.table(rows)[rows])
+        last = len(self._rows) - 1
+        upper = min(max(1, bisect_left(self._rows, rows)), last)
+        if last == 0 or rows <= self._rows[0]:
+            return self._rising[0]
+        left, right = self._rows[upper - 1], self._rows[upper]
+        below, above = self._rising[upper - 1], self._rising[upper]
+        return below + (above - below) * (rows - left) / (right - left)
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a measured step: its neighbours move towards it, all larger ones a little.
 
         Smaller ones stay: what a step with drafts costs beyond expectation is no reason to think worse of one without.
         """
-        expected = self.seconds(rows)
-        surprise = np.log(np.clip(seconds / expected, 1 / _MOST_SURPRISE, _MOST_SURPRISE))
-        place = float(np.interp(rows, self._rows, np.arange(len(self._rows))))
-        nearness = np.clip(1 - np.abs(np.arange(len(self._rows)) - place), 0, 1)
-        rate = np.maximum(_RATE, 1 / (_FIRST + self._measured))
-        share = np.where(self._rows > rows, np.maximum(nearness, _BEHIND), nearness)
-        self._seconds *= np.exp(rate * surprise * share)
-        self._measured += nearness
-        self._tabulate(len(self._table) - 1)
+        surprise = math.log(min(max(seconds / self.seconds(rows), 1 / _MOST_SURPRISE), _MOST_SURPRISE))
+        upper = bisect_left(self._rows, rows)  # the first point at or behind it
+        for point in range(max(0, upper - 1), len(self._rows)):
+            nearness = self._nearness(point, upper, rows)
+            share = max(nearness, _BEHIND) if self._rows[point] > rows else nearness
+            rate = max(_RATE, 1 / (_FIRST + self._measured[point]))
+            self._seconds[point] *= math.exp(rate * surprise * share)
+            self._measured[point] += nearness
+        self._rising = list(accumulate(self._seconds, max))
+        self._table = []
+
+    def _nearness(self, point: int, upper: int, rows: int) -> float:
+        """1 at a point, falling linearly to 0 at the next ones; all to the last point behind it."""
+        if upper == len(self._rows):
+            return float(point == upper - 1)
+        if point > upper:
+            return 0.0
+        if upper == 0:
+            return 1.0
+        left, right = self._rows[upper - 1], self._rows[upper]
+        place = (rows - left) / (right - left)
+        return place if point == upper else 1 - place
 
     def _tabulate(self, rows: int) -> None:
         """The last two points give the slope behind them; a single point stands for any number of rows."""
-        seconds = np.maximum.accumulate(self._seconds)
         at = np.arange(rows + 1)
-        self._table = np.interp(at, self._rows, seconds)
-        if len(seconds) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (self._rows[-1] - self._rows[-2])
-            self._table += slope * np.maximum(0, at - self._rows[-1])
+        table = np.interp(at, self._rows, self._rising)
+        if len(self._rows) > 1:
+            slope = (self._rising[-1] - self._rising[-2]) / (self._rows[-1] - self._rows[-2])
+            table += slope * np.maximum(0, at - self._rows[-1])
+        self._table = table.tolist()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -101,7 +101,7 @@ class TokenTree:
 
     def with_confidences(self, confidences: tuple[float, ...]) -> TokenTree:
         """The same tree with other confidences."""
-        return replace(self, confidences=confidences)
+        return TokenTree(self.token_ids, self.parents, self.distributions, self.source, confidences)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check what came over the wire against the vocabulary.
@@ -159,32 +159,40 @@ class TokenTree:
             masks[node] = masks[self.parents[node]] | 1 << node
         return masks
 
-    def subtree_order(self) -> list[int]:
-        """Nodes in depth-first order; siblings stay in the order of the draft."""
-        children = self.children()
+    def subtree_order(self, nodes: Iterable[int] | None = None) -> list[int]:
+        """Nodes in depth-first order; siblings stay in the order of the draft.
+
+        nodes: which of them, rising, with the root and every node's parent; None for all.
+        """
+        children: dict[int, list[int]] = {}
+        for node in range(len(self)) if nodes is None else nodes:
+            children.setdefault(self.parents[node], []).append(node)
         order: list[int] = []
         stack = [0]
         while stack:
             node = stack.pop()
             order.append(node)
-            stack.extend(reversed(children[node]))
+            if (below := children.get(node)) is not None:
+                stack += reversed(below)
         return order
 
     def depth_first(self) -> TokenTree:
         """The same tree with every subtree in consecutive nodes; the order of siblings stays."""
         return self.select(self.subtree_order())
 
-    def select(self, nodes: Sequence[int]) -> TokenTree:
+    def select(self, nodes: Sequence[int], confidences: tuple[float, ...] | None = None) -> TokenTree:
         """The tree of these nodes, numbered in the order given: node nodes[i] becomes node i.
 
         A selected node's parent must be selected before it. A distribution whose node loses all its children is
         dropped.
 
+        confidences: of the selected nodes, instead of the tree's own.
+
         Raises:
             InvalidTree: the first node is not the root, or a parent is missing.
         """
         if len(nodes) == len(self) and all(new == old for new, old in enumerate(nodes)):
-            return self
+            return self if confidences is None else self.with_confidences(confidences)
         if not nodes or nodes[0] != 0:
             raise InvalidTree(f"the selected nodes {list(nodes[:4])}.. do not begin with the root")
         new = {old: index for index, old in enumerate(nodes)}
@@ -192,11 +200,10 @@ class TokenTree:
             parents = (-1, *(new[self.parents[old]] for old in nodes[1:]))
         except KeyError as missing:
             raise InvalidTree(f"node {missing} is not selected, but one of its children is") from None
+        if confidences is None:
+            confidences = tuple(self.confidences[old] for old in nodes) if self.confidences else ()
         inner = set(parents)
+        distributions = {new[old]: q for old, q in self.distributions.items() if new.get(old) in inner}
         return TokenTree(
-            tuple(self.token_ids[old] for old in nodes),
-            parents,
-            {new[old]: q for old, q in self.distributions.items() if new.get(old) in inner},
-            self.source,
-            tuple(self.confidences[old] for old in nodes) if self.confidences else (),
+            tuple([self.token_ids[old] for old in nodes]), parents, distributions, self.source, confidences
         )

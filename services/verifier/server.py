@@ -27,6 +27,8 @@ from services.verifier import wire
 from services.verifier.budget import DraftBudget, WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine, EngineStopped
+from services.verifier.kept_file import KeptFile
+from services.verifier.knowledge import VERSION, Knowledge
 from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
@@ -112,24 +114,24 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle, place: Place |
         loaded = await asyncio.to_thread(_load, settings, group)
         metrics = VerifierMetrics(lifecycle.registry)
         runner = Runner(loaded.model, loaded.cache)
-        budget = await asyncio.to_thread(_budget, settings, loaded, runner, metrics)
         outbox = Outbox(asyncio.get_running_loop())
         links = [SpeculatorLink(at, security, loaded.facts, metrics, outbox) for at in settings.speculator]
-        engine = _build_engine(settings, loaded, runner, budget, links, metrics, lifecycle)
-        server = aio_server(lifecycle)
-        add_VerifierServicer_to_server(Servicer(engine, loaded.facts, outbox), server)
-        endpoint = Endpoint(settings.host, settings.port, settings.health_port)
-        if group is not None:
-            group.on_failure = engine.abort
         async with (
             _connected(links, settings.speculator_wait_s),
-            serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)),
+            _budget(settings, loaded, runner, links, metrics) as budget,
         ):
-            engine.start()
-            try:
-                yield
-            finally:
-                await asyncio.to_thread(engine.stop)  # before the server: what is open ends with UNAVAILABLE
+            engine = _build_engine(settings, loaded, runner, budget, links, metrics, lifecycle)
+            server = aio_server(lifecycle)
+            add_VerifierServicer_to_server(Servicer(engine, loaded.facts, outbox), server)
+            endpoint = Endpoint(settings.host, settings.port, settings.health_port)
+            if group is not None:
+                group.on_failure = engine.abort
+            async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)):
+                engine.start()
+                try:
+                    yield
+                finally:
+                    await asyncio.to_thread(engine.stop)  # before the server: what is open ends with UNAVAILABLE
 
 
 @asynccontextmanager
@@ -188,16 +190,36 @@ def _build_engine(
     )
 
 
-def _budget(
-    settings: VerifierSettings, loaded: LoadedModel[StepModel], runner: Runner, metrics: VerifierMetrics
-) -> DraftBudget:
-    """Measures the steps of the model, which takes a second or two, unless it is known what they take."""
-    if settings.draft_always or settings.draft_width or not (settings.speculator and settings.draft_nodes):
-        return WholeDrafts()
-    most_rows = min(settings.max_step_rows, settings.max_sequences * (1 + settings.draft_nodes))
-    times = StepTimes(settings.step_times, loaded, (settings.tensor_parallel, settings.pipeline_parallel))
-    curve = StepCurve(times.points(runner, most_rows))
-    budget = MeasuredBudget(curve, settings.draft_nodes, settings.draft_depth)
+@asynccontextmanager
+async def _budget(
+    settings: VerifierSettings,
+    loaded: LoadedModel[StepModel],
+    runner: Runner,
+    links: Sequence[SpeculatorLink],
+    metrics: VerifierMetrics,
+) -> AsyncIterator[DraftBudget]:
+    """One that measures keeps what it learns over restarts."""
+    if settings.draft_always or settings.draft_width or not (links and settings.draft_nodes):
+        yield WholeDrafts()
+        return
+    models = sorted(name for link in links for name in link.names)
+    knowledge = await asyncio.to_thread(_knowledge, settings, loaded, runner, models)
+    curve = knowledge.budget.curve
     for rows in curve.points:
         metrics.step_curve.labels(rows).set_function(partial(curve.seconds, rows))
-    return budget
+    async with knowledge.kept():
+        yield knowledge.budget
+
+
+def _knowledge(
+    settings: VerifierSettings, loaded: LoadedModel[StepModel], runner: Runner, models: list[str]
+) -> Knowledge:
+    """Measures the steps of the model, which takes a second or two, unless it is known what they take."""
+    most_rows = min(settings.max_step_rows, settings.max_sequences * (1 + settings.draft_nodes))
+    times = StepTimes(settings.step_times, loaded, (settings.tensor_parallel, settings.pipeline_parallel))
+    points = times.points(runner, most_rows)
+    bounds = (settings.draft_nodes, settings.draft_depth)
+    file = KeptFile(
+        "drafting", settings.step_times, {**times.facts, "drafting": VERSION, "models": models, "bounds": bounds}
+    )
+    return Knowledge(file, lambda: MeasuredBudget(StepCurve(points), *bounds))

@@ -80,8 +80,8 @@ class VerifierSettings(ServiceSettings):
         default=False,
     )
     step_times: str = setting(
-        "Folder that keeps the measured step times of this model on this machine; empty: specserve in the user's cache "
-        "folder; none: measure at every start.",
+        "Folder that keeps the measured step times of this model on this machine, and what was learned about drafting; "
+        "empty: specserve in the user's cache folder; none: measure at every start, keep nothing.",
         default="",
     )
     draft_timeout_ms: int = setting("How long a step waits for its drafts.", default=500, minimum=1)

@@ -49,6 +49,7 @@ class SpeculatorLink:
         self, address: str, security: Security, llm: ModelFacts, metrics: VerifierMetrics, outbox: Outbox
     ) -> None:
         self.address = address
+        self.names: Sequence[str] = ()  # of its models, once it was there
         self._security = security
         self._llm = llm
         self._metrics = metrics
@@ -160,6 +161,7 @@ class SpeculatorLink:
             facts.check_drafts_for(self._llm)
             names.append(facts.model)
         self._mismatch = None
+        self.names = names
         # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
         call = stub.Speculate(metadata=((TOKENIZER_METADATA, self._llm.tokenizer_identity),))
         stream = _Stream(call, max(1, len(names)), self._outbox)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +18,7 @@ from kernels.native import get_num_threads, native_available
 from kernels.targets import cpu_identity
 from runtime.step_model import StepModel
 from services.common.loaded_model import LoadedModel
+from services.verifier.kept_file import KeptFile
 from services.verifier.request import GenerationRequest
 from services.verifier.runner import Runner
 from services.verifier.scheduler import SequencePlan
@@ -39,62 +37,34 @@ REPEATS = 5
 # Longest time that the measuring takes, but for the steps under way when it is over.
 SECONDS = 1.5
 CONTEXT = 64
-NONE = "none"
 
 
 class StepTimes:
     """The step times of a loaded model. Takes them from a file, or measures and writes them.
 
-    folder: of the file; empty for the user's cache folder, NONE for no file. ranks: tensor and pipeline parallel.
+    folder: see KeptFile. ranks: tensor and pipeline parallel.
     """
 
     def __init__(self, folder: str, loaded: LoadedModel[StepModel], ranks: tuple[int, int] = (1, 1)) -> None:
-        self._key = {**model_facts(loaded.model), **machine_facts(loaded.model.device), "ranks": list(ranks)}
-        digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()
-        root = Path(folder) if folder else cache_folder()
-        self.path = None if folder == NONE else root / f"step-times-{digest[:16]}.json"
+        self.facts = {**model_facts(loaded.model), **machine_facts(loaded.model.device), "ranks": list(ranks)}
+        self.file = KeptFile("step-times", folder, self.facts)
 
     def points(self, runner: Runner, most_rows: int) -> Mapping[int, float]:
         """Seconds by rows, at least of one row. A file that is damaged or of another model or machine is not used."""
-        if (kept := self._read()) is not None:
-            log.info("step times known", extra={"file": str(self.path), "ms": _shown(kept)})
+        if (kept := self.file.read(_points)) is not None:
+            log.info("step times known", extra={"file": str(self.file.path), "ms": _shown(kept)})
             return kept
         points = measure(step_of(runner, most_rows), most_rows, SECONDS)
         log.info("step times measured", extra={"ms": _shown(points)})
-        self._write(points)
+        self.file.write({"seconds": points})
         return points
 
-    def _read(self) -> dict[int, float] | None:
-        if self.path is None:
-            return None
-        try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
-            if document["key"] != self._key:
-                raise ValueError("it is of another model or machine")
-            points = {int(rows): float(seconds) for rows, seconds in document["seconds"].items()}
-            if 1 not in points or not all(0 < seconds < float("inf") for seconds in points.values()):
-                raise ValueError("it has no positive time of one row, or others that are not positive")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("step times measured again", extra={"file": str(self.path), "reason": repr(error)})
-            return None
-        return points
 
-    def _write(self, points: Mapping[int, float]) -> None:
-        """Whole or not at all, so that services that start together read what one of them wrote."""
-        if self.path is None:
-            return
-        document = json.dumps({"key": self._key, "seconds": points}, indent=1)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
-                file.write(document)
-            os.replace(file.name, self.path)
-        except OSError as error:
-            log.warning(
-                "step times cannot be kept; set step_times", extra={"file": str(self.path), "reason": str(error)}
-            )
+def _points(document: Mapping[str, Any]) -> dict[int, float]:
+    points = {int(rows): float(seconds) for rows, seconds in document["seconds"].items()}
+    if 1 not in points or not all(0 < seconds < float("inf") for seconds in points.values()):
+        raise ValueError("it has no positive time of one row, or others that are not positive")
+    return points
 
 
 def measure(
@@ -163,8 +133,3 @@ def machine_facts(device: torch.device) -> dict[str, object]:
 
 def _shown(points: Mapping[int, float]) -> dict[int, float]:
     return {rows: round(1000 * seconds, 2) for rows, seconds in points.items()}
-
-
-def cache_folder() -> Path:
-    """Where this user keeps what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specserve"

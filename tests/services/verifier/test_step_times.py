@@ -13,8 +13,9 @@ import pytest
 from runtime.step_model import StepModel
 from runtime.transformer import LoadOptions, Transformer
 from services.common.loaded_model import LoadedModel
+from services.verifier.kept_file import cache_folder
 from services.verifier.runner import Runner
-from services.verifier.step_times import StepTimes, cache_folder, measure
+from services.verifier.step_times import StepTimes, measure
 from tests.services.harness import Services
 
 
@@ -42,7 +43,7 @@ def loaded(llm: Path) -> LoadedModel[StepModel]:
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.WARNING, logger="services.verifier.step_times"):
+    with caplog.at_level(logging.WARNING, logger="services.verifier.kept_file"):
         yield caplog
 
 
@@ -76,15 +77,15 @@ def test_kept_times_are_taken_and_bad_ones_measured_again(
     assert all(0 < seconds < 1 for seconds in first.values())
     assert loaded.cache.free_blocks == free
     assert StepTimes(str(tmp_path), loaded).points(runner, 40) == first
-    assert times.path is not None
-    document = json.loads(times.path.read_text())
+    assert times.file.path is not None
+    document = json.loads(times.file.path.read_text())
     foreign = document | {"key": document["key"] | {"device": "another"}}
     for damaged in ("", "{", "[]", "{}", json.dumps(foreign), json.dumps(document | {"seconds": {"1": -1}})):
         warnings.clear()
-        times.path.write_text(damaged)
+        times.file.path.write_text(damaged)
         assert times.points(runner, 40) != first
-        assert "measured again" in warnings.text
-        assert json.loads(times.path.read_text())["key"] == document["key"]
+        assert "made again" in warnings.text
+        assert json.loads(times.file.path.read_text())["key"] == document["key"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(
@@ -102,7 +103,7 @@ def test_where_they_are_kept(loaded: LoadedModel[StepModel], tmp_path: Path, mon
     assert cache_folder() == tmp_path / "specserve"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path(os.path.expanduser("~")) / ".cache" / "specserve"
-    assert StepTimes("none", loaded).path is None
+    assert StepTimes("none", loaded).file.path is None
 
 
 def test_a_verifier_with_a_budget_serves_the_same_text(
@@ -111,7 +112,7 @@ def test_a_verifier_with_a_budget_serves_the_same_text(
     options = {"draft_always": False, "step_times": str(tmp_path)}
     plain = running.verifier(llm)
     budgeted = running.verifier(llm, running.speculator(ssms[0]), **options)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("step-times-*"))) == 1
     assert budgeted.metric("step_curve_seconds", rows="1") > 0
     for seed in range(3):
         for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": seed}):

@@ -1,0 +1,158 @@
+"""The ways to draft that a budget chooses among, what each has cost and what it has brought."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from services.verifier.candidates import Candidate
+from speculation.budget import StepPrice
+from speculation.children import ChildSelection
+from speculation.experience import Gain, LinearFit
+
+# Least probabilities of a path behind which small models go on that are told apart.
+FLOORS = (0.0, 0.1, 0.25, 0.5)
+_SMOOTHING = 0.05
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+
+
+class Cost:
+    """Milliseconds: of a round trip, of a sequence, of a level of its tree, of a token that is new to the drafts."""
+
+    def __init__(self) -> None:
+        self.fit = LinearFit((0.6, 0.05, 0.03, 0.01), (4, 4, 16, 400))
+        self.idle_steps = 0  # since it was last measured, while no step drafts
+        self.measured = 0
+
+    def seconds(self, features: Sequence[float]) -> float:
+        return max(0.0, self.fit.predict(features)) / 1000
+
+    def learn(self, features: Sequence[float], seconds: float, believed: float) -> None:
+        self.fit.observe(features, 1000 * tamed(seconds, believed))
+
+
+class Option:
+    """One way to draft, and what it brings: with models that go on behind paths of at least `floor`, or by look-up.
+
+    gains: by what chooses the children; of sampled ones each sequence has its own instead.
+    """
+
+    def __init__(self, models: bool, floor: float, sizes: Sequence[int], cost: Cost) -> None:
+        self.models = models
+        self.floor = floor
+        self.cost = cost
+        self.gains = {selection: Gain(sizes) for selection in (ChildSelection.TOP, ChildSelection.SHARED_NOISE)}
+        self.depth = 3.0  # mean depth of a sequence's deepest tree
+
+    def tells_of(self, other: Option) -> bool:
+        """Whether what is drafted in this way shows what the other way would have drafted."""
+        return self.models == other.models and self.floor <= other.floor
+
+
+class Options:
+    """With models at each floor, and last by look-up alone.
+
+    sizes: numbers of nodes that trees are thought to be pruned to.
+    """
+
+    def __init__(self, most_nodes: int) -> None:
+        self.sizes = sizes = [size for size in _SIZES if size < most_nodes] + [most_nodes]
+        with_models, look_up = Cost(), Cost()
+        self.costs = (with_models, look_up)
+        self.all = [Option(True, floor, sizes, with_models) for floor in FLOORS]
+        self.all.append(Option(False, 0.0, sizes, look_up))
+
+    @property
+    def whole(self) -> tuple[Option, Option]:
+        """With models and without, of no floor: what they draft tells of all others."""
+        return self.all[0], self.all[-1]
+
+    def way(self, option: Option) -> int:
+        """Place of its cost: what is told apart by the clock."""
+        return self.costs.index(option.cost)
+
+    def learn(
+        self, option: Option, selection: ChildSelection, candidate: Candidate | None, asked: int, memory: float
+    ) -> None:
+        """What a draft of all `asked` nodes, made in this way, tells of it and of stricter ones; None: nothing came."""
+        ranked: list[tuple[float, float, int]] = []  # probability of the path, of that to its parent, depth
+        if candidate is not None:
+            chances = [math.exp(confidence) for confidence in candidate.confidences]
+            below = zip(chances, candidate.tree.parents, candidate.tree.depths(), strict=True)
+            ranked = sorted(
+                [(chance, chances[parent], depth) for chance, parent, depth in below if depth], reverse=True
+            )
+        for other in self.all:
+            if option.tells_of(other):
+                floor = other.floor if other.floor > option.floor else 0.0
+                drafted = [(chance, depth) for chance, above, depth in ranked if above >= floor]
+                other.gains[selection].learn([chance for chance, _ in drafted], asked, memory)
+                depth = max([depth for _, depth in drafted], default=0)
+                other.depth += _SMOOTHING * (depth - other.depth)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "costs": [{"fit": cost.fit.state(), "measured": cost.measured} for cost in self.costs],
+            "options": [
+                {"depth": option.depth, "gains": {name.value: gain.state() for name, gain in option.gains.items()}}
+                for option in self.all
+            ],
+        }
+
+    def restore(self, state: dict[str, Any], share: float) -> None:
+        for cost, kept in zip(self.costs, state["costs"], strict=True):
+            cost.fit.restore(kept["fit"], share)
+            cost.measured = int(kept["measured"])
+        for option, kept in zip(self.all, state["options"], strict=True):
+            option.depth = float(kept["depth"])
+            for selection, gain in option.gains.items():
+                gain.restore(kept["gains"][selection.value], share)
+
+
+class IdleTrials:
+    """When one sequence drafts though it does not pay, to see what drafting costs and brings by now.
+
+    Its cost is a small share of the time since the last trial. The first ones come sooner: little is known.
+    """
+
+    SHARE, FIRST_SHARE = 0.003, 0.01
+    LEAST_STEPS, FIRST_STEPS = 64, 16
+    FIRST = 2  # of each way, which come sooner
+    ROWS_SHARE = 0.3  # of a plain step, which a trial may add by its rows
+
+    def due(self, options: Options, price: StepPrice, most_nodes: int, fresh: float) -> Option | None:
+        """The option to try in this step, in which nothing else drafts.
+
+        most_nodes, fresh: of the sequence that would draft; its most nodes, and the tokens that are new to the drafts.
+        """
+        for cost in options.costs:
+            cost.idle_steps += 1
+        for option in options.whole:
+            cost = option.cost
+            if cost.idle_steps >= self.FIRST_STEPS and cost.idle_steps >= self._interval(
+                option, price, most_nodes, fresh
+            ):
+                return option
+        return None
+
+    def nodes(self, price: StepPrice, most_nodes: int) -> int:
+        """How many nodes a trial verifies: two at least where there is room, more where rows cost little."""
+        most = (1 + self.ROWS_SHARE) * price.seconds[0]
+        cheap = sum([seconds <= most for seconds in price.seconds[1 : most_nodes + 1]])
+        return min(max(cheap, 2), most_nodes)
+
+    def _interval(self, option: Option, price: StepPrice, most_nodes: int, fresh: float) -> float:
+        measured = option.cost.measured
+        if measured == 0:
+            return self.FIRST_STEPS
+        verifying = price.seconds[self.nodes(price, most_nodes)] - price.seconds[0]
+        drafting = option.cost.seconds((1, 1, option.depth, fresh))
+        first = measured <= self.FIRST
+        least, share = (self.FIRST_STEPS << measured, self.FIRST_SHARE) if first else (self.LEAST_STEPS, self.SHARE)
+        return max(least, (drafting + verifying) / (share * price.seconds[0]))
+
+
+def tamed(value: float, expected: float) -> float:
+    """A measurement within a factor of 3: a disturbance must not be believed at once."""
+    return min(max(value, expected / 3), 3 * expected)

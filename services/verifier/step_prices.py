@@ -1,0 +1,42 @@
+"""What a step will take, by its rows and by how many sequences decode, learned from what steps took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.verifier.draft_options import tamed
+from speculation.budget import StepPrice
+from speculation.experience import LinearFit
+from speculation.step_curve import StepCurve
+
+
+class StepPrices:
+    """The curve by rows, and what it leaves out: milliseconds of a step, and of a sequence, whose tokens are sent."""
+
+    def __init__(self, curve: StepCurve) -> None:
+        self.curve = curve
+        self._overhead = LinearFit((0.0, 0.0), (1, 1))
+
+    def price(self, rows: int, decoding: int, most_nodes: int) -> StepPrice:
+        """rows: without drafts. most_nodes: of all drafts together."""
+        curve = self.curve.table(rows + most_nodes)[rows : rows + most_nodes + 1]
+        self._overhead.solve()
+        overhead = max(self._overhead.predict((1, decoding)) / 1000, -0.95 * curve[0])
+        return StepPrice(decoding, [seconds + overhead for seconds in curve])
+
+    def learn_plain(self, rows: int, decoding: int, seconds: float, believed: float) -> None:
+        """A plain step tells what the curve leaves out."""
+        beyond = tamed(seconds, believed) - self.curve.seconds(rows)
+        self._overhead.observe((1, decoding), 1000 * beyond)
+
+    def learn_drafted(self, rows: int, decoding: int, seconds: float) -> None:
+        """A drafted one tells, beyond that, what its rows cost."""
+        overhead = self._overhead.predict((1, decoding)) / 1000
+        self.curve.observe(rows, max(seconds - overhead, seconds / 4))
+
+    def state(self) -> dict[str, Any]:
+        return {"curve": self.curve.points, "overhead": self._overhead.state()}
+
+    def restore(self, state: dict[str, Any], share: float) -> None:
+        self.curve = StepCurve({int(rows): float(seconds) for rows, seconds in state["curve"].items()})
+        self._overhead.restore(state["overhead"], share)
