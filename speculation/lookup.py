@@ -105,6 +105,8 @@ def grow_lookup_tree(
     what followed the match, times the reliability of m + d tokens.
     """
     found = index.find(tail)
+    if not found.positions or bounds.nodes < 1:
+        return LookupDraft(TokenTree((tail[-1],), (-1,), source=source, confidences=(0.0,)))
     token_ids, parents, depths, confidences = [tail[-1]], [-1], [0], [0.0]
     claims: dict[int, Claim] = {}
     floor = math.log(bounds.floor) if bounds.floor > 0 else -math.inf
@@ -112,7 +114,7 @@ def grow_lookup_tree(
     open_nodes: list[tuple[float, int, int, int, Sequence[int]]] = []
     numbers = itertools.count()
     node = 0
-    positions: Sequence[int] = found.positions if bounds.nodes > 0 else ()
+    positions: Sequence[int] = found.positions
     while True:
         width = bounds.width(depths[node])
         if following := index.following(positions) if width else None:

@@ -57,7 +57,7 @@ class TokenTree:
         )
         if not sound:
             raise InvalidTree(self._unsoundness())
-        if strangers := [node for node in self.distributions if not 0 <= node < size]:
+        if self.distributions and (strangers := [node for node in self.distributions if not 0 <= node < size]):
             raise InvalidTree(f"distributions for nodes {strangers} of a tree of {size}")
         if self.confidences:
             self._check_confidences()

@@ -182,6 +182,7 @@ void grow_trees(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, 
                 const DraftSequence* sequences, std::int64_t count, GrownTree* trees) {
   DraftLoop loop(pool, decoder, cache, block_size, sequences, count);
   loop.run();
+  pool.rest();  // the large model has the machine next
   loop.finish(trees);
 }
 

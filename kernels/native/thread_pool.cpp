@@ -51,6 +51,7 @@ void ThreadPool::run(int items, Call call, const void* context) {
   context_ = context;
   items_ = items;
   unfinished_.store(items, std::memory_order_relaxed);
+  resting_.store(false, std::memory_order_relaxed);
   // Sequentially consistent, like the other side in wait_for_items: either a worker sees the items or it is seen asleep.
   for (int thread = 0; thread < threads_; ++thread)
     ranges_[thread].unclaimed.store(first_item(thread + 1) - first_item(thread));
@@ -100,7 +101,8 @@ void ThreadPool::work(int thread) {
 // False when the pool is being destroyed.
 bool ThreadPool::wait_for_items() {
   const auto ready = [this] { return any_unclaimed() || stopping_.load(); };
-  if (!spin_until(ready)) {
+  spin_until([&] { return ready() || resting_.load(std::memory_order_relaxed); });
+  if (!ready()) {
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     sleepers_.fetch_add(1);
     wake_.wait(lock, ready);

@@ -20,6 +20,9 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
+  // Sends the workers to sleep at once: no loop follows for a while.
+  void rest() { resting_.store(true, std::memory_order_relaxed); }
+
   // body(item) once for each item in 0..items-1, on the caller and the workers; returns when all are done. Each thread
   // begins with a range of its own, from its first item on, so that it reads its part of the memory in order. Who is done
   // takes what nobody has claimed of the others' ranges: a worker that gets no processor delays nobody.
@@ -86,7 +89,7 @@ class ThreadPool {
   const std::unique_ptr<Range[]> ranges_;  // one for each thread, the caller's first
   alignas(64) std::atomic<int> unfinished_{0};
   alignas(64) std::atomic<int> sleepers_{0};
-  std::atomic<bool> stopping_{false};
+  std::atomic<bool> stopping_{false}, resting_{false};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;

@@ -44,7 +44,8 @@ class SpeculatorSettings(ServiceSettings):
     )
     kernels: Literal["auto", "native", "triton", "torch"] = setting("Kernels to run.", default="auto")
     threads: int = setting(
-        "CPU threads of the models; 0: all cores. A model as small as these rarely gains from a second one.",
+        "CPU threads of the models; 0: all cores. They sleep between drafts; a second one shortens drafts of several "
+        "sequences where a core is free meanwhile.",
         default=1,
         minimum=0,
     )
