@@ -26,8 +26,9 @@ from speculation.merge import MergedDraft, merge_trees
 from speculation.step_curve import StepCurve
 from speculation.tree import TokenTree
 
-# Every so many drafted steps one is plain, and one verifies a whole tree, to see what is given away.
-_PROBE_EVERY = 64
+# Every so many drafted steps one is plain, and one verifies a whole tree, to see what is given away; plain ones come
+# sooner while few are known at this load.
+_PROBE_EVERY, _FIRST_PLAIN_EVERY = 64, 8
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
 # Behind the first so many drafts, one in so many teaches: looking back takes time too.
@@ -108,7 +109,7 @@ class MeasuredBudget(DraftBudget):
         self._drafted_steps += 1
         turn = self._drafted_steps % (2 * _PROBE_EVERY)
         chosen = wishes if len(choice.chosen) == len(wishes) else [wishes[place] for place in choice.chosen]
-        if turn % _PROBE_EVERY == 0:
+        if turn % (_FIRST_PLAIN_EVERY if self._guards.at(step.price.tokens)[0].young else _PROBE_EVERY) == 0:
             return Ask()
         option = self._options.all[choice.option]
         if turn % _PROBE_EVERY == _PROBE_EVERY // 2:
@@ -236,8 +237,7 @@ class MeasuredBudget(DraftBudget):
     def restore(self, state: dict[str, Any], share: float) -> None:
         """Take an earlier budget's knowledge over, with a share of its weight, so that a change is noticed soon.
 
-        Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is of another form; the budget is then of no use.
+        Raises KeyError, TypeError, ValueError or AttributeError when it is of another form.
         """
         self._prices.restore(state, share)
         self._options.restore(state, share)
