@@ -51,6 +51,11 @@ class DraftBudget(ABC):
     defers_first_drafts = False
     """Whether steps that compute a sequence's prompt do without its draft, for which its first token would wait."""
 
+    @property
+    def resting(self) -> bool:
+        """Whether the next step will draft nothing whatever it decodes, so that drafts need not be planned for."""
+        return False
+
     def opening(self, plans: Sequence[SequencePlan]) -> Sequence[RunningSequence]:
         """Sequences that will draft when their prompt is computed, for which speculators can prepare meanwhile."""
         return ()

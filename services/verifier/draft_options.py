@@ -126,8 +126,7 @@ class IdleTrials:
 
         most_nodes, fresh: of the sequence that would draft; its most nodes, and the tokens that are new to the drafts.
         """
-        for cost in options.costs:
-            cost.idle_steps += 1
+        self.wait(options)
         for option in options.whole:
             cost = option.cost
             if cost.idle_steps >= self.FIRST_STEPS and cost.idle_steps >= self._interval(
@@ -135,6 +134,11 @@ class IdleTrials:
             ):
                 return option
         return None
+
+    def wait(self, options: Options) -> None:
+        """A step went by."""
+        for cost in options.costs:
+            cost.idle_steps += 1
 
     def nodes(self, price: StepPrice, most_nodes: int) -> int:
         """How many nodes a trial verifies: two at least where there is room, more where rows cost little."""

@@ -95,6 +95,11 @@ class DraftCollector:
         self.budget = budget
         self._step = 0
 
+    @property
+    def resting(self) -> bool:
+        """Whether `ask` will send for nothing, whatever is planned."""
+        return not self.sources or self.budget.resting
+
     def ask(self, plans: Items[SequencePlan]) -> Asked:
         """Choose what to draft for the sequences that decode, and send for it."""
         wishes = [Wish(plan, self._selection(plan)) for plan in plans if self._may_draft(plan)]

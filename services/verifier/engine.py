@@ -147,7 +147,7 @@ class Engine:
     def step(self) -> None:
         """One step for every planned sequence."""
         started = time.perf_counter()
-        plans = self.scheduler.plan()
+        plans = self.scheduler.plan(drafts=not self.drafts.resting)
         if not plans:
             return  # all that ran was cancelled
         asked = self.drafts.ask(plans)

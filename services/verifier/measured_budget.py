@@ -31,6 +31,8 @@ from speculation.tree import TokenTree
 _PROBE_EVERY, _FIRST_PLAIN_EVERY = 64, 8
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
+# Steps for which no draft is thought of when none pays: thinking costs more than a small model's plain step can bear.
+_REST_STEPS = 8
 # Behind the first so many drafts, one in so many teaches: looking back takes time too.
 _ALL_TEACH, _TEACH_EVERY = 128, 8
 
@@ -76,12 +78,17 @@ class MeasuredBudget(DraftBudget):
         self._trials = IdleTrials()
         self._reliability = Reliability()
         self._drafted_steps = self._drafts = 0
+        self._rest = 0  # steps
         self._drafting = False  # whether the last step that might draft did so because it pays
         self._step: _Step | None = None
 
     @property
     def curve(self) -> StepCurve:
         return self._prices.curve
+
+    @property
+    def resting(self) -> bool:
+        return self._rest > 0
 
     def opening(self, plans: Sequence[SequencePlan]) -> Sequence[RunningSequence]:
         if not self._drafting:
@@ -98,6 +105,9 @@ class MeasuredBudget(DraftBudget):
             chunks += plan.chunk_end - plan.sequence.cache.length
         reckoned = self._chooser.reckon(decoding, chunks + decoding)
         step = self._step = _Step(reckoned.price, reckoned.rows, chunks == 0)
+        if self._rest > 0:
+            self._rest -= 1
+            self._trials.wait(self._options)
         if not wishes:
             return Ask()
         step.sampled = any(wish.selection is ChildSelection.SAMPLED for wish in wishes)
@@ -121,6 +131,8 @@ class MeasuredBudget(DraftBudget):
         wish = min(wishes, key=self._chooser.fresh)
         option = self._trials.due(self._options, step.price, wish.plan.draft_nodes, self._chooser.fresh(wish))
         if option is None:
+            if not step.sampled and not self._guards.at(step.price.tokens)[0].young:
+                self._rest = _REST_STEPS
             return Ask()
         step.trial, step.whole = True, wish.id
         self._chooser.reckon_anew()

@@ -77,12 +77,12 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def plan(self) -> list[SequencePlan]:
+    def plan(self, *, drafts: bool = True) -> list[SequencePlan]:
         """Plan one step: running sequences first, oldest first, then new ones while rows and KV blocks last.
 
         Reserves the KV blocks of every planned row. When blocks run out, the youngest running sequence gives its own
         back and waits, to be computed again; the oldest can always go on, because the cache holds one full context.
-        Drafts have what is left: none makes a sequence wait.
+        Drafts, if there are to be any, have what is left: none makes a sequence wait.
         """
         plans: list[SequencePlan] = []
         rows = self.settings.max_step_rows
@@ -100,7 +100,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
             plans.append(plan)
             rows -= _rows_of(plan)
-        return self._with_drafts(plans, rows)
+        return self._with_drafts(plans, rows) if drafts else plans
 
     def _plan_sequence(self, sequence: Sequence, rows: int) -> SequencePlan:
         chunk = min(sequence.uncomputed, self.settings.prefill_chunk, rows)

@@ -102,7 +102,7 @@ class World:
     def one_step(self, sequences: list[Sequence]) -> tuple[int, float]:
         plans = []
         for sequence in sequences:
-            depth = min(DEPTH, sequence.remaining - 1)
+            depth = 0 if self.budget.resting else min(DEPTH, sequence.remaining - 1)
             sequence.cache = CachedSequence(length=len(sequence.tokens) - 1)
             plans.append(SequencePlan(sequence, sequence.cache.length, True, NODES if depth > 0 else 0, max(depth, 0)))
         wishes = [Wish(plan, self.selection) for plan in plans if plan.draft_nodes]
