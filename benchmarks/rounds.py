@@ -198,4 +198,6 @@ def _median_steps(turns: Sequence[StepTimes]) -> StepTimes:
 
 
 def _median_peer_steps(turns: Sequence[PeerSteps]) -> PeerSteps:
-    return PeerSteps(turns[0].title, {n: median(turn.ms[n] for turn in turns) for n in turns[0].ms})
+    """llama-batched-bench leaves a number of rows out now and then, without a word."""
+    rows = sorted({n for turn in turns for n in turn.ms})
+    return PeerSteps(turns[0].title, {n: median(turn.ms[n] for turn in turns if n in turn.ms) for n in rows})
