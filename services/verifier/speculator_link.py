@@ -142,7 +142,7 @@ class SpeculatorLink:
                 log.error("speculator refused", extra={"at": self.address, "reason": str(error)})
                 backoff = LONGEST_BACKOFF_S
                 self._settled.set()
-            except grpc.RpcError as error:
+            except grpc.aio.AioRpcError as error:
                 log.warning("speculator unreachable", extra={"at": self.address, "reason": wire.status_of(error)})
             finally:
                 self._metrics.speculator_up.labels(self.address).set(0)
@@ -152,7 +152,7 @@ class SpeculatorLink:
             backoff = min(2 * backoff, LONGEST_BACKOFF_S)
 
     async def _connect_and_read(self, connection: grpc.aio.Channel) -> None:
-        """Connect, then pass responses on until the stream ends; grpc.RpcError when there is no connection."""
+        """Connect, then pass responses on until the stream ends; AioRpcError when there is no connection."""
         stub = SpeculatorStub(connection)
         models = (await stub.ListModels(tree_pb2.ModelInfoRequest(), timeout=CONNECT_TIMEOUT_S)).models
         names = []
@@ -261,7 +261,7 @@ class _Stream:
             while isinstance(response := await self._call.read(), speculator_pb2.SpeculateResponse):
                 self._responses.put(response)
             return "the speculator ended the stream"
-        except grpc.RpcError as error:
+        except grpc.aio.AioRpcError as error:
             return wire.status_of(error)
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():

@@ -139,8 +139,6 @@ def _check_order(tree: TokenTree, order: DraftOrder) -> None:
         )
 
 
-def status_of(error: grpc.RpcError) -> str:
+def status_of(error: grpc.aio.AioRpcError) -> str:
     """One line that says what a failed call met."""
-    if isinstance(error, grpc.Call):
-        return f"{error.code().name}: {error.details()}"
-    return repr(error)
+    return f"{error.code().name}: {error.details()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
@@ -19,9 +21,12 @@ from protos.verifier_pb2_grpc import VerifierStub
 from runtime.transformer import Transformer
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
+from services.common.model_facts import ModelFacts
 from services.common.model_files import tokenizer_hash
 from services.common.tls import INSECURE
 from services.verifier import speculator_link
+from services.verifier.metrics import VerifierMetrics
+from services.verifier.outbox import Outbox
 from tests.ports import free_port
 from tests.services.harness import Services, Verifier, request, services, status_of
 from tests.tiny_models import CONTEXT, VOCAB, hugging_face_greedy, write_model
@@ -338,3 +343,19 @@ def _wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.005)
+
+
+def test_an_absent_speculator_is_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    facts = ModelFacts("llm", 320, 64, "0" * 64, (2,), "cpu", "float32", "native", 1)
+    address = f"127.0.0.1:{free_port()}"
+
+    async def wait() -> bool:
+        outbox = Outbox(asyncio.get_running_loop())
+        link = speculator_link.SpeculatorLink(address, INSECURE, facts, VerifierMetrics(CollectorRegistry()), outbox)
+        async with link.connecting():
+            return await link.wait_connected(1.0)
+
+    assert not asyncio.run(wait())
+    reasons = [vars(record)["reason"] for record in caplog.records if record.message == "speculator unreachable"]
+    assert reasons
+    assert all(reason.startswith("UNAVAILABLE: ") and "\n" not in reason for reason in reasons)
