@@ -30,18 +30,6 @@ Scratch& scratch() {
   return own;
 }
 
-float highest(const float* values, std::int64_t size) {
-  Vec top = broadcast(-kInfinity);
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    const Vec value = load(values + i);
-    top = value > top ? value : top;
-  }
-  float result = max_lane(top);
-  for (; i < size; ++i) result = std::max(result, values[i]);
-  return result;
-}
-
 // log(sum(exp(factor * values))), for a factor above 0.
 float log_sum_exp(const float* values, std::int64_t size, float factor) {
   const float top = highest(values, size);

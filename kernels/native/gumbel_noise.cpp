@@ -65,18 +65,6 @@ void for_each_noise(std::uint64_t seed, std::int64_t position, std::int64_t size
   }
 }
 
-float highest(const float* values, std::int64_t size) {
-  Vec top = broadcast(values[0]);
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    const Vec value = load(values + i);
-    top = value > top ? value : top;
-  }
-  float result = max_lane(top);
-  for (; i < size; ++i) result = std::max(result, values[i]);
-  return result;
-}
-
 }  // namespace
 
 void gumbel_noise(std::uint64_t seed, std::int64_t position, std::int64_t size, float* noise) {

@@ -185,6 +185,19 @@ inline float max_lane(Vec value) {
   return highest;
 }
 
+// The highest of `size` values, at least one.
+inline float highest(const float* values, std::int64_t size) {
+  Vec top = broadcast(values[0]);
+  std::int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec value = load(values + i);
+    top = value > top ? value : top;
+  }
+  float result = max_lane(top);
+  for (; i < size; ++i) result = values[i] > result ? values[i] : result;
+  return result;
+}
+
 // e^x: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent. Relative error below 2e-7;
 // arguments outside [-87, 88] count as the bound, NaN stays NaN.
 inline Vec exp(Vec x) {
