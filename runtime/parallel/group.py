@@ -1,7 +1,7 @@
 """A group of ranks that compute one model in lock-step.
 
-Plans and agreements travel over Gloo, which waits without a device; tensors over NCCL on CUDA devices and Gloo on CPUs.
-The process has one group, because torch.distributed has one.
+Orders and agreements travel over Gloo, which waits without a device; tensors over NCCL on CUDA devices and Gloo on
+CPUs. The process has one group, because torch.distributed has one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 from runtime.parallel.collectives import gather_columns, ordered_sum
 from runtime.parallel.liveness import Activity, GroupFailed, Link
 from runtime.parallel.meeting import accept_ranks, meet_rank_0
+from runtime.parallel.order_channel import OrderChannel
 from runtime.parallel.place import Place
 from runtime.parallel.sharding import Degrees
 
@@ -30,8 +31,6 @@ NEVER = timedelta(days=365)
 JOIN_TIMEOUT_S = 300.0
 # How long a collective that failed is held against this rank's own account of it: the links know who is at fault.
 VERDICT_S = 5.0
-# int32 numbers of the first message of a plan; a longer plan has a second one.
-PLAN_HEAD = 2048
 
 
 class PeerLost(RuntimeError):
@@ -98,6 +97,7 @@ class Group:
             torch.cuda.set_device(self.device)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.degrees.ranks, timeout=NEVER)
         self._control = dist.group.WORLD
+        self.orders = OrderChannel(self._control, self._collective)
         # Every rank makes every group, as torch.distributed wants it.
         self._tensors = dist.new_group(backend=self._backend, timeout=NEVER)
         stages = [range(stage * tensor, (stage + 1) * tensor) for stage in range(pipeline)]
@@ -123,7 +123,7 @@ class Group:
             return
         if self.rank == 0:
             with self.lockstep():
-                self.send_plan(None)
+                self.orders.end()
         for link in self._links.values():
             link.close()
         dist.destroy_process_group()
@@ -165,29 +165,6 @@ class Group:
                 yield
             except RuntimeError as error:
                 raise PeerLost(str(error)) from error
-
-    def send_plan(self, plan: torch.Tensor | None) -> None:
-        """Rank 0: give all others a plan, int32; None lets them leave."""
-        length = 0 if plan is None else len(plan)
-        head = torch.zeros(PLAN_HEAD, dtype=torch.int32)
-        head[0] = length
-        if plan is not None:
-            head[1 : 1 + length] = plan[: PLAN_HEAD - 1]
-        with self._collective():
-            dist.broadcast(head, 0, group=self._control)
-            if plan is not None and length > PLAN_HEAD - 1:
-                dist.broadcast(plan[PLAN_HEAD - 1 :].contiguous(), 0, group=self._control)
-
-    def receive_plan(self) -> torch.Tensor | None:
-        """What rank 0 has sent."""
-        head = torch.empty(PLAN_HEAD, dtype=torch.int32)
-        with self._collective():
-            dist.broadcast(head, 0, group=self._control)
-            length = int(head[0])
-            rest = torch.empty(max(0, length - (PLAN_HEAD - 1)), dtype=torch.int32)
-            if len(rest):
-                dist.broadcast(rest, 0, group=self._control)
-        return torch.cat([head[1 : 1 + length], rest]) if length else None
 
     def minimum(self, number: int) -> int:
         """The smallest number of any rank."""

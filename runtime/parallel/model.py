@@ -1,7 +1,7 @@
 """One rank's part of a transformer, and the two ways to run it: rank 0 leads, the others follow.
 
-A step is one message from rank 0, its plan, and the exchanges within the model. The KV moves of the accepted paths
-travel with the next plan: nobody needs them earlier, and it saves a message.
+A step is one broadcast of its plan, the exchanges within the model, and one broadcast of the paths that rank 0 accepts,
+where they leave KV to move. All ranks move it while rank 0 reports, plans and drafts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig, read_config
 from runtime.kv_cache import KVCache, blocks_for_cache
 from runtime.parallel.group import Group
-from runtime.parallel.plan import StepPlan
+from runtime.parallel.orders import AcceptedPaths, StepPlan, unpack
 from runtime.parallel.sharding import Shard
 from runtime.transformer import LoadOptions, attention_rows, pack_layers, rotary_tables
 from runtime.weights import EndWeights, WeightLoader
@@ -68,8 +68,6 @@ class RankModel:
         """This rank's part of a step: the logits of the plan's rows on rank 0, None on the others."""
         with self._group.activity.computing():
             plan = plan.to(self.device)
-            if plan.moves.shape[1]:
-                self.backend.kv_compaction(cache.data, *plan.moves.unbind())
             hidden = self._layers(plan.batch, cache)
             if self.shard.is_last_stage:
                 hidden = hidden[plan.rows]
@@ -79,6 +77,12 @@ class RankModel:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # a device that hangs must be seen in the time of its step
             return logits
+
+    @torch.inference_mode()
+    def keep(self, paths: AcceptedPaths, cache: KVCache) -> None:
+        """Move the KV of accepted paths in this rank's cache. A device that hangs is seen in the next step."""
+        with self._group.activity.computing():
+            self.backend.kv_compaction(cache.data, *paths.moves.to(self.device).unbind())
 
     def _layers(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
         """The hidden states behind the stage's layers, [rows, hidden]."""
@@ -148,7 +152,6 @@ class LeadingModel:
     def __init__(self, own: RankModel, group: Group) -> None:
         self._own = own
         self._group = group
-        self._moves = torch.empty(2, 0, dtype=torch.int64)
 
     @property
     def config(self) -> ModelConfig:
@@ -172,18 +175,21 @@ class LeadingModel:
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """See StepModel.step. Raises GroupFailed: no step can follow."""
         batch = FlatBatch.of(segments, torch.device("cpu"))
-        plan = StepPlan(batch, torch.tensor(rows, dtype=torch.int64), self._moves)
+        plan = StepPlan(batch, torch.tensor(rows, dtype=torch.int64))
         with self._group.lockstep():
-            self._group.send_plan(plan.pack())
-            self._moves = torch.empty(2, 0, dtype=torch.int64)
+            self._group.orders.send(plan.pack())
             logits = self._own.run(plan, cache)
         assert logits is not None, "rank 0 has the logits"
         return logits
 
     def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:
-        """See StepModel.compact; happens before the next step, on all ranks alike."""
-        assert not self._moves.numel(), "a step comes between two compactions"
-        self._moves = torch.tensor([sources, targets], dtype=torch.int64)
+        """See StepModel.compact. Raises GroupFailed: no step can follow."""
+        if not sources:
+            return
+        paths = AcceptedPaths(torch.tensor([sources, targets], dtype=torch.int64))
+        with self._group.lockstep():
+            self._group.orders.send(paths.pack())
+            self._own.keep(paths, cache)
 
 
 def follow(model: RankModel, cache: KVCache, group: Group) -> None:
@@ -193,5 +199,9 @@ def follow(model: RankModel, cache: KVCache, group: Group) -> None:
         GroupFailed: the group cannot go on.
     """
     with group.lockstep():
-        while (packed := group.receive_plan()) is not None:
-            model.run(StepPlan.unpack(packed), cache)
+        while (packed := group.orders.receive()) is not None:
+            order = unpack(packed)
+            if isinstance(order, StepPlan):
+                model.run(order, cache)
+            else:
+                model.keep(order, cache)

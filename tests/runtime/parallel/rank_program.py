@@ -1,7 +1,7 @@
 """One rank of several groups, one after the other: python -m tests.runtime.parallel.rank_program FILE RANK PORT.
 
 FILE is JSON: a list of cases, {"folder", "tensor", "pipeline", "device", "kernels", "dtype", "out"}. Each rank of a
-case writes what it holds to `out`.RANK, rank 0 also what the scenario gave.
+case writes what it holds to `out`.RANK, rank 0 also what the scenario gave, the others which orders they heard.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
 
 from runtime.parallel.group import Group
 from runtime.parallel.liveness import GroupFailed
 from runtime.parallel.model import LeadingModel, RankModel, follow
+from runtime.parallel.orders import AcceptedPaths, StepPlan, unpack
 from runtime.parallel.place import Place
 from runtime.parallel.sharding import Degrees
 from runtime.transformer import LoadOptions
@@ -49,8 +51,34 @@ def _play_case(case: dict[str, Any], group: Group) -> dict[str, Any]:
     if group.rank == 0:
         result["played"] = play(LeadingModel(model, group), cache)
     else:
+        orders, broadcasts = _recorded(group)
         follow(model, cache, group)
+        result |= {"orders": [type(order).__name__ for order in orders], "broadcasts": len(broadcasts)}
+        assert isinstance(orders[-1], AcceptedPaths)
+        result["moved"] = cache.data[:, :, orders[-1].moves]
     return result
+
+
+def _recorded(group: Group) -> tuple[list[StepPlan | AcceptedPaths], list[torch.Size]]:
+    """The orders that the group will receive, and the sizes of their broadcasts."""
+    orders: list[StepPlan | AcceptedPaths] = []
+    broadcasts: list[torch.Size] = []
+    receive, broadcast = group.orders.receive, dist.broadcast
+
+    def received() -> torch.Tensor | None:
+        dist.broadcast = counted
+        packed = receive()
+        dist.broadcast = broadcast
+        if packed is not None:
+            orders.append(unpack(packed))
+        return packed
+
+    def counted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        broadcasts.append(tensor.shape)
+        return broadcast(tensor, *args, **options)
+
+    group.orders.receive = received  # type: ignore[method-assign]  # the real one, with a record
+    return orders, broadcasts
 
 
 def _fail(failure: GroupFailed) -> None:

@@ -1,4 +1,7 @@
-"""Steps that a model takes alike in one process and in a group: chains together and alone, a tree, greedy decoding."""
+"""Steps that a model takes alike in one process and in a group.
+
+Chains together and alone, a tree, long chains, greedy decoding, and a path whose acceptance no step follows.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ COMMITTED = 14  # the tree crosses a block boundary
 TREE = TokenTree((5, 6, 7, 8, 9, 10, 6), (-1, 0, 0, 2, 3, 3, 1))
 ACCEPTED = (2, 3, 4)
 GREEDY_TOKENS = 24
+LONG = (200, 150)  # chains whose plan is longer than the first broadcast of an order
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -29,8 +33,10 @@ def play(model: StepModel, cache: KVCache) -> dict[str, torch.Tensor]:
     results = {"together": _chains(model, cache, [CHAINS])}
     results["alone"] = _chains(model, cache, [(length,) for length in CHAINS])
     results["tree"], results["following"] = _tree(model, cache)
+    results["long"] = _chains(model, cache, [LONG, LONG])
     results["nothing wanted"] = _nothing_wanted(model, cache)
     results["greedy"] = torch.tensor(_greedy(model, cache, prompt(9)))
+    results["kept"] = _keep(model, cache)
     return {name: result.cpu().clone() for name, result in results.items()}
 
 
@@ -63,6 +69,16 @@ def _tree(model: StepModel, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]
     behind = model.step([following], [0], cache)
     cache.release(sequence)
     return logits, behind
+
+
+def _keep(model: StepModel, cache: KVCache) -> torch.Tensor:
+    """A chain of which entries are moved; its logits. It is the last that the model is asked for."""
+    sequence = CachedSequence()
+    cache.reserve(sequence, 20)
+    logits = model.step([Segment.chain(sequence, prompt(20), 0)], [19], cache)
+    model.compact(cache, [slot(sequence, 3), slot(sequence, 18)], [slot(sequence, 1), slot(sequence, 2)])
+    cache.release(sequence)
+    return logits
 
 
 def _nothing_wanted(model: StepModel, cache: KVCache) -> torch.Tensor:

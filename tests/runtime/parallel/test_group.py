@@ -129,10 +129,30 @@ def test_the_cache_of_a_rank_holds_its_layers_and_kv_heads(case: Any, ranks: Any
     assert sorted(layer for rank in ranks[case][::tensor] for layer in rank["layers"]) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_one_broadcast_and_its_accepted_paths_are_another(case: Any, ranks: Any) -> None:
+    for rank in ranks[case][1:]:
+        orders = rank["orders"]
+        tree = 1 + len(CHAINS)  # steps before it
+        assert orders[tree : tree + 3] == ["StepPlan", "AcceptedPaths", "StepPlan"]
+        assert orders.count("AcceptedPaths") == 2, "a step that moves nothing says nothing"
+        grown, end = 1, 1
+        assert rank["broadcasts"] == len(orders) + grown + end, "of two long plans only the first has two"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accepted_paths_are_kept_before_another_step_is_planned(case: Any, ranks: Any) -> None:
+    for rank in ranks[case][1:]:
+        assert rank["orders"][-1] == "AcceptedPaths", "no step follows"
+        sources, targets = rank["moved"].unbind(2)
+        assert torch.equal(sources, targets)
+        assert sources.any()
+
+
 @pytest.mark.gpu
 def test_a_group_of_one_on_a_device(folders: dict[str, Path], tmp_path: Path) -> None:
     case: Case = ("llama-gqa", (1, 1), "auto", "bfloat16")
-    (rank,) = run_cases([case], folders, tmp_path, "cuda")[case]
+    (rank,) = run_cases([case], folders, tmp_path, "cuda:0")[case]
     model = Transformer.load(folders["llama-gqa"], LoadOptions(device="cuda", dtype="bfloat16"))
     expected = play(model, KVCache(model.config, BLOCKS, model.device, model.activation_dtype))
     for part in ("together", "tree", "following"):

@@ -1,4 +1,4 @@
-"""A plan arrives as it was sent, whatever its size."""
+"""An order arrives as it was sent, whatever its size."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import torch
 
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import CachedSequence
-from runtime.parallel.plan import StepPlan
+from runtime.parallel.orders import AcceptedPaths, StepPlan, unpack
 
 
 @pytest.mark.parametrize("nodes", [1, 63, 64, 200])
-@pytest.mark.parametrize("moves", [0, 3])
-def test_a_plan_survives_packing(nodes: int, moves: int) -> None:
+def test_a_plan_survives_packing(nodes: int) -> None:
     cache = CachedSequence(blocks=list(range(40, 0, -1)))
     masks = [(1 << node) | 1 for node in range(nodes)]  # bit 63 is the sign of a word
     segments = [
@@ -20,11 +19,19 @@ def test_a_plan_survives_packing(nodes: int, moves: int) -> None:
         Segment.tree(cache, range(nodes), [0] + [1] * (nodes - 1), masks, 10),
     ]
     batch = FlatBatch.of(segments, torch.device("cpu"))
-    plan = StepPlan(batch, torch.tensor([2, 0]), torch.arange(2 * moves).view(2, moves))
-    arrived = StepPlan.unpack(plan.pack())
+    plan = StepPlan(batch, torch.tensor([2, 0]))
+    arrived = unpack(plan.pack())
+    assert isinstance(arrived, StepPlan)
     assert torch.equal(arrived.rows, plan.rows)
-    assert torch.equal(arrived.moves, plan.moves)
     for name, tensor in vars(batch).items():
         assert torch.equal(getattr(arrived.batch, name), tensor), name
         assert getattr(arrived.batch, name).dtype is tensor.dtype, name
         assert getattr(arrived.batch, name).is_contiguous(), name
+
+
+def test_accepted_paths_survive_packing() -> None:
+    paths = AcceptedPaths(torch.tensor([[7, 2_000_000_000, 3], [5, 6, 1]]))
+    arrived = unpack(paths.pack())
+    assert isinstance(arrived, AcceptedPaths)
+    assert torch.equal(arrived.moves, paths.moves)
+    assert arrived.moves.dtype is torch.int64
