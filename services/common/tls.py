@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import grpc
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -41,11 +43,56 @@ class Identity:
     expires: datetime
 
 
+class Expiring(Protocol):
+    """What is made of certificate files."""
+
+    @property
+    def expires(self) -> datetime: ...
+
+
+E = TypeVar("E", bound=Expiring)
+
+
+class Renewed(Generic[E]):
+    """The newest good state of certificate files that may change at any time. Any thread may call it.
+
+    A bad set of files, also one that is caught half written, is logged once and the last good one stays.
+    read: the content of the files. check: what is made of a content that has changed.
+
+    Raises:
+        StartupError: the files cannot be used, as read or check says.
+    """
+
+    def __init__(self, read: Callable[[], tuple[bytes, ...]], check: Callable[[tuple[bytes, ...]], E]) -> None:
+        self._read = read
+        self._check = check
+        self._lock = threading.Lock()
+        self._content = read()
+        self._good = check(self._content)
+        self._complaint = ""
+
+    def newest(self) -> E:
+        """Reads the files."""
+        with self._lock:
+            try:
+                content = self._read()
+                if content != self._content:
+                    self._good = self._check(content)
+                    self._content = content
+                    log.info("new certificates", extra={"expires": self._good.expires.isoformat()})
+                self._complaint = ""
+            except StartupError as error:
+                if str(error) != self._complaint:
+                    self._complaint = str(error)
+                    log.error("new certificates refused; the old ones stay", extra={"reason": self._complaint})
+            return self._good
+
+
 class Tls:
     """Credentials of one service for both ends of its connections. Any thread may call it.
 
-    The files are read again for each handshake, so that a new certificate needs no restart. A bad set of files, also
-    one that is caught half written, is logged once and the last good one stays. Open connections stay as they are.
+    The files are read again for each handshake, so that a new certificate needs no restart (see Renewed). Open
+    connections stay as they are.
 
     server_name: the name that servers' certificates must carry, where it is not the host that was asked for.
 
@@ -56,26 +103,12 @@ class Tls:
     def __init__(self, files: TlsFiles, server_name: str = "") -> None:
         self.files = files
         self.server_name = server_name
-        self._lock = threading.Lock()
-        self._identity = read_identity(files)
-        self._complaint = ""
+        self._identity = Renewed(lambda: _read_identity(files), lambda content: _checked_identity(files, *content))
 
     @property
     def identity(self) -> Identity:
         """The newest good one."""
-        with self._lock:
-            try:
-                identity = read_identity(self.files)
-            except StartupError as error:
-                if str(error) != self._complaint:
-                    self._complaint = str(error)
-                    log.error("new certificates refused; the old ones stay", extra={"reason": self._complaint})
-                return self._identity
-            self._complaint = ""
-            if identity != self._identity:
-                self._identity = identity
-                log.info("new certificates", extra={"expires": identity.expires.isoformat()})
-            return self._identity
+        return self._identity.newest()
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """For a port: every handshake uses the newest identity and asks the client for a certificate."""
@@ -102,22 +135,22 @@ def security_of(settings: ServiceSettings, server_name: str = "") -> Security:
     return Tls(TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_ca), server_name)
 
 
-def read_identity(files: TlsFiles) -> Identity:
-    """The files' content; StartupError names the file that is unreadable, no PEM, out of its time or another's key."""
-    cert, key = _read("--tls-cert", files.cert), _read("--tls-key", files.key)
-    ca = _read("--tls-ca", files.ca)
+def _read_identity(files: TlsFiles) -> tuple[bytes, ...]:
+    return (*read_pair("tls", files.cert, files.key), _read("--tls-ca", files.ca))
+
+
+def _checked_identity(files: TlsFiles, cert: bytes, key: bytes, ca: bytes) -> Identity:
     _certificates("--tls-ca", files.ca, ca)
-    leaf = _check_pair("tls", files.cert, cert, files.key, key)
-    return Identity(cert, key, ca, leaf.not_valid_after_utc)
+    return Identity(cert, key, ca, check_pair("tls", files.cert, cert, files.key, key).not_valid_after_utc)
 
 
-def check_https(cert: Path, key: Path) -> None:
-    """StartupError as of read_identity() for the files of an HTTPS server."""
-    _check_pair("https", cert, _read("--https-cert", cert), key, _read("--https-key", key))
+def read_pair(use: str, cert: Path, key: Path) -> tuple[bytes, bytes]:
+    """A certificate and its key. use: the prefix of their flags. StartupError names the file that is unreadable."""
+    return _read(f"--{use}-cert", cert), _read(f"--{use}-key", key)
 
 
-def _check_pair(use: str, cert: Path, cert_pem: bytes, key: Path, key_pem: bytes) -> Certificate:
-    """The first certificate, if it is in its time and the key is its own."""
+def check_pair(use: str, cert: Path, cert_pem: bytes, key: Path, key_pem: bytes) -> Certificate:
+    """The first certificate; StartupError names the file that is no PEM, out of its time or another's key."""
     leaf = _certificates(f"--{use}-cert", cert, cert_pem)[0]
     now = datetime.now(UTC)
     if now >= leaf.not_valid_after_utc:

@@ -15,10 +15,11 @@ from starlette.types import ASGIApp
 
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.model_files import TOKENIZER_FILES, resolve_model, tokenizer_hash
-from services.common.tls import check_https, security_of
+from services.common.tls import security_of
 from services.gateway.api_keys import ApiKeys, RequireApiKey
 from services.gateway.app import create_app
 from services.gateway.gateway import Gateway
+from services.gateway.https import HttpsCertificate
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.records import Records
 from services.gateway.replicas import Finding, Replicas
@@ -35,17 +36,22 @@ BACKLOG = 2048
 @asynccontextmanager
 async def serve(settings: GatewaySettings, lifecycle: Lifecycle) -> AsyncIterator[None]:
     """Serve HTTP inside the context; what is open when it ends gets an error. StartupError."""
-    if settings.https_cert is not None and settings.https_key is not None:
-        check_https(settings.https_cert, settings.https_key)
+    https = _https(settings)
     protect = _protection(settings)
     listener = _listen(settings.host, settings.port)
     async with (
         _gateway(settings, lifecycle) as gateway,
-        _http(protect(create_app(gateway)), listener, settings, lifecycle),
+        _http(protect(create_app(gateway)), listener, https, lifecycle),
     ):
-        log.info("listening", extra={"url": url_of(listener, https=settings.https_cert is not None)})
+        log.info("listening", extra={"url": url_of(listener, https=https is not None)})
         yield
         gateway.end_open_requests()
+
+
+def _https(settings: GatewaySettings) -> HttpsCertificate | None:
+    if settings.https_cert is None or settings.https_key is None:
+        return None
+    return HttpsCertificate(settings.https_cert, settings.https_key)
 
 
 def _protection(settings: GatewaySettings) -> Callable[[ASGIApp], ASGIApp]:
@@ -92,7 +98,7 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def _http(
-    app: ASGIApp, listener: socket.socket, settings: GatewaySettings, lifecycle: Lifecycle
+    app: ASGIApp, listener: socket.socket, https: HttpsCertificate | None, lifecycle: Lifecycle
 ) -> AsyncIterator[None]:
     config = uvicorn.Config(
         app,
@@ -101,9 +107,12 @@ async def _http(
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=STOP_GRACE_S,
-        ssl_certfile=settings.https_cert,
-        ssl_keyfile=settings.https_key,
+        ssl_certfile=None if https is None else https.cert,
+        ssl_keyfile=None if https is None else https.key,
     )
+    config.load()
+    if https is not None and config.ssl is not None:
+        https.serve(config.ssl)
     server = _Server(config)
     serving = asyncio.create_task(server.serve([listener]))
     serving.add_done_callback(lambda task: _report_crash(task, lifecycle))

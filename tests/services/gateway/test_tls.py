@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import subprocess
 import sys
@@ -70,6 +71,44 @@ def test_https(start_gateway: Callable[..., RunningGateway], tmp_path: Path) -> 
         httpx.get(f"{url}/health")
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.get(f"{gateway.url}/health")
+
+
+def test_a_renewed_certificate_takes_effect_at_the_next_connection(
+    start_gateway: Callable[..., RunningGateway], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A renewal of both files; a broken one in between changes nothing; what is open stays open."""
+    caplog.set_level(logging.INFO, logger="services.common.tls")
+    first, second = (Authority().files(tmp_path / name) for name in ("first", "second"))
+    served = Authority().files(tmp_path / "served")
+    cert, key = served["tls_cert"], served["tls_key"]
+
+    def renew(files: dict[str, Path]) -> None:
+        cert.write_bytes(files["tls_cert"].read_bytes())
+        key.write_bytes(files["tls_key"].read_bytes())
+
+    renew(first)
+    url = start_gateway(https_cert=cert, https_key=key).url.replace("http:", "https:")
+
+    def trusting(files: dict[str, Path]) -> httpx.Client:
+        return httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=files["tls_ca"]), trust_env=False)
+
+    def admits(files: dict[str, Path]) -> bool:
+        with trusting(files) as client:
+            try:
+                return client.get("/health").status_code == 200
+            except httpx.ConnectError:
+                return False
+
+    with trusting(first) as still_open:
+        assert still_open.get("/health").status_code == 200
+        assert (admits(first), admits(second)) == (True, False)
+        key.write_bytes(second["tls_key"].read_bytes())
+        assert (admits(first), admits(second)) == (True, False)
+        renew(second)
+        assert (admits(first), admits(second)) == (False, True)
+        assert still_open.get("/health").status_code == 200
+    events = [record.getMessage() for record in caplog.records if record.name == "services.common.tls"]
+    assert events == ["new certificates refused; the old ones stay", "new certificates"]
 
 
 def test_the_pair_for_https_is_checked_at_the_start(byte_level_folder: Path, tmp_path: Path) -> None:
