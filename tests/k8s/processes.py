@@ -10,7 +10,7 @@ What only a cluster has is replaced, and nothing else:
 | the path of a ConfigMap | a folder with its files |
 | the path of an emptyDir or a claim | a folder, the same one for all that mount the same claim |
 | `/app`, the working folder of an image | the repository |
-| the path of a secret | a folder with the files that the test gives |
+| the path of a secret, a variable from one | a folder with the files that the test gives, the content of one |
 | the model hub | a server on loopback that has the embedded models under the ids that the overlay names |
 | LWS_LEADER_ADDRESS and its port | loopback, and a free port |
 | the 8 GPUs of a node | one rank for each pod: `--nproc-per-node=1`, and SPECSERVE_VERIFIER_TENSOR_PARALLEL=1 |
@@ -99,6 +99,12 @@ class Given:
     environment: Mapping[str, str]
     secrets: Mapping[str, Mapping[str, bytes]]
 
+    def secret_values(self) -> dict[str, str]:
+        """By `name/key`."""
+        return {
+            f"{name}/{key}": content.decode() for name, files in self.secrets.items() for key, content in files.items()
+        }
+
 
 def _any_of(texts: Iterable[str]) -> str:
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
@@ -120,7 +126,7 @@ class Container:
         self._substitutions = substitutions
         self._fill_config_maps(resources)
         self._fill_secrets(given.secrets)
-        values = environment(pod, container, resources, secrets={})
+        values = environment(pod, container, resources, given.secret_values())
         self.command = [self._text(word) for word in command(container, values)]
         self._environment = {name: self._text(value) for name, value in values.items()}
         self._environment |= {"PATH": ":".join(PROGRAMS), "PYTHONPATH": str(REPOSITORY)}
@@ -235,7 +241,8 @@ def _grpc_passes(port: int, action: Mapping[str, Any], timeout_s: float) -> bool
 def _http_passes(port: int, action: Mapping[str, Any], timeout_s: float) -> bool:
     url = f"{action.get('scheme', 'HTTP').lower()}://127.0.0.1:{port}{action['path']}"
     try:
-        status = httpx.get(url, timeout=timeout_s, trust_env=False).status_code
+        # The kubelet asks any certificate.
+        status = httpx.get(url, timeout=timeout_s, trust_env=False, verify=False).status_code
     except httpx.HTTPError:
         return False
     return 200 <= status < 400

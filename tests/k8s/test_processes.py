@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 
 import httpx
 import pytest
 import trustme
 
+from services.gateway.api_keys import hash_key, new_key
 from tests.k8s.hub import hub
 from tests.k8s.processes import Given, Substitutions, running
 from tests.k8s.rendering import REPOSITORY, Resource, named, overlay, pods, with_components
@@ -29,13 +31,17 @@ def certificates(resources: list[Resource]) -> dict[str, dict[str, bytes]]:
     secrets: dict[str, dict[str, bytes]] = {}
     for item in resources:
         if item["kind"] == "Certificate" and not item["spec"].get("isCA"):
-            issued = authority.issue_cert(*item["spec"]["dnsNames"], "127.0.0.1")
-            secrets[item["spec"]["secretName"]] = {
-                "tls.crt": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
-                "tls.key": issued.private_key_pem.bytes(),
-                "ca.crt": authority.cert_pem.bytes(),
-            }
+            secrets[item["spec"]["secretName"]] = pem_files(authority, *item["spec"]["dnsNames"], "127.0.0.1")
     return secrets
+
+
+def pem_files(authority: trustme.CA, *names: str) -> dict[str, bytes]:
+    issued = authority.issue_cert(*names)
+    return {
+        "tls.crt": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
+        "tls.key": issued.private_key_pem.bytes(),
+        "ca.crt": authority.cert_pem.bytes(),
+    }
 
 
 def run_and_ask(resources: list[Resource], folder: Path) -> None:
@@ -45,16 +51,40 @@ def run_and_ask(resources: list[Resource], folder: Path) -> None:
             assert {pod.workload for pod in pods(resources) if pod.kind != "Job"} == containers.keys()
             for container in containers.values():
                 assert container.wait_until_probed(START_TIMEOUT_S) == (PROBES if container.pod.leads else [])
-            url = f"http://127.0.0.1:{containers['gateway'].port('http')}/v1/completions"
-            body = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "model": served(url)}
-            answer = httpx.post(url, json=body, timeout=START_TIMEOUT_S, trust_env=False)
-            assert answer.status_code == 200, answer.text
-            assert answer.json()["usage"]["completion_tokens"] == 8
+            with httpx.Client(timeout=START_TIMEOUT_S, trust_env=False) as client:
+                ask(client, f"http://127.0.0.1:{containers['gateway'].port('http')}")
 
 
-def served(url: str) -> str:
-    answer = httpx.get(url.replace("completions", "models"), timeout=START_TIMEOUT_S, trust_env=False)
-    return str(answer.json()["data"][0]["id"])
+def test_what_secrets_bring(redis_url: str, tmp_path: Path) -> None:
+    """HTTPS, API keys and a Redis elsewhere."""
+    copy, run = tmp_path / "overlay", tmp_path / "run"
+    copy.mkdir()
+    resources = with_components(copy, "cpu-demo", "https", "api-keys", "external-redis")
+    authority, key = trustme.CA(), new_key()
+    secrets = {
+        "gateway-https": pem_files(authority, "127.0.0.1"),
+        "gateway-api-keys": {"keys": hash_key(key).encode()},
+        "external-redis": {"url": redis_url.encode()},
+    }
+    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    with running(resources, run, Given({"OMP_NUM_THREADS": "1"}, secrets), START_TIMEOUT_S) as containers:
+        assert containers.keys() == {"gateway", "verifier", "speculator"}
+        for container in containers.values():
+            assert container.wait_until_probed(START_TIMEOUT_S) == PROBES
+        url = f"https://127.0.0.1:{containers['gateway'].port('http')}"
+        with httpx.Client(timeout=START_TIMEOUT_S, trust_env=False, verify=context) as client:
+            assert client.get(f"{url}/v1/models").status_code == 401
+            client.headers["Authorization"] = f"Bearer {key}"
+            ask(client, url)
+
+
+def ask(client: httpx.Client, url: str) -> None:
+    """A request is served."""
+    model = client.get(f"{url}/v1/models").json()["data"][0]["id"]
+    body = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "model": model}
+    answer = client.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 8
 
 
 @pytest.mark.parametrize("name", ["cpu-demo", "gpu", "gpu-multi-node"])
