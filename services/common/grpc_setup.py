@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Bounds the largest message: sampled distributions of a tree, [nodes, vocab] float32, are 33 MB for 64 x 128256.
 MAX_MESSAGE_BYTES = 64 * 2**20
-# A peer that vanished without closing its connection is noticed after KEEPALIVE_TIME_MS + KEEPALIVE_TIMEOUT_MS.
+# A peer that is gone or hangs while its connection stays is noticed after KEEPALIVE_TIME_MS + KEEPALIVE_TIMEOUT_MS.
 KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 # A channel tries again at least this often, so that a restarted peer is found soon.
@@ -38,7 +38,9 @@ _MESSAGE_OPTIONS: Options = (
 )
 _KEEPALIVE_OPTIONS: Options = (
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    # What a machine that is gone leaves unacknowledged, and what a process that hangs leaves unanswered.
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
 )
 CHANNEL_OPTIONS: Options = (

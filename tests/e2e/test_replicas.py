@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import openai
 import pytest
 
 from protos.verifier_pb2_grpc import VerifierStub
-from services.common.grpc_setup import channel
+from services.common.grpc_setup import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS, channel
 from services.common.tls import INSECURE
 from services.launcher.settings import EMBEDDED_LLM
 from tests.services.gateway.conftest import RunningGateway, counter, gateway_starter, wait_until
@@ -108,6 +109,21 @@ def test_a_killed_one_has_its_text_finished_by_the_other(replicas: Replicas) -> 
     assert counter(replicas.gateway, "specserve_gateway_verifier_retries_total") > retries
     assert not replicas.up(victim)
     assert replicas.gateway.get("/ready").status_code == 200
+
+
+def test_a_hung_one_has_its_text_finished_by_the_other(replicas: Replicas) -> None:
+    whole = "".join(replicas.stream())
+    pieces = replicas.stream()
+    text = next(pieces)
+    victim = replicas.busy()
+    replicas.processes[victim].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    text += "".join(pieces)
+    assert text == whole
+    assert time.monotonic() - stopped < (KEEPALIVE_TIME_MS + KEEPALIVE_TIMEOUT_MS) / 1000 + 10
+    assert not replicas.up(victim)
+    assert replicas.short().choices[0].text
+    replicas.processes[victim].send_signal(signal.SIGCONT)
 
 
 def test_a_draining_one_finishes_its_text_and_gets_no_other(replicas: Replicas) -> None:
