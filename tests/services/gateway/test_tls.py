@@ -17,7 +17,7 @@ import pytest
 from services.common.model_files import tokenizer_hash
 from services.common.tls import INSECURE, Security, Tls, TlsFiles
 from tests.certificates import Authority
-from tests.services.gateway.conftest import RunningGateway, in_thread
+from tests.services.gateway.conftest import RunningGateway, in_thread, wait_until
 from tests.services.gateway.scripted_verifier import Facts, Script, ScriptedVerifier, running
 
 
@@ -57,6 +57,18 @@ def test_a_hop_without_the_right_certificates_serves_nothing(
         with pytest.raises(openai.InternalServerError) as caught:
             gateway.client.completions.create(model="scripted", prompt="x")
         assert (caught.value.status_code, caught.value.code) == (503, "verifier_unavailable")
+
+
+def test_renewed_certificates_reach_the_verifier_without_a_restart(
+    start_gateway: Callable[..., RunningGateway], byte_level_folder: Path, tmp_path: Path
+) -> None:
+    ours, others = Authority(), Authority()
+    with verifier(byte_level_folder, tls(ours.files(tmp_path / "verifier"))) as address:
+        gateway = start_gateway(verifier=address, **others.files(tmp_path / "gateway", trusted=ours))
+        assert gateway.get("/ready").status_code == 503
+        ours.files(tmp_path / "gateway")
+        wait_until(lambda: gateway.get("/ready").status_code == 200)
+        assert gateway.client.completions.create(model="scripted", prompt="x").choices[0].finish_reason == "stop"
 
 
 def test_https(start_gateway: Callable[..., RunningGateway], tmp_path: Path) -> None:
