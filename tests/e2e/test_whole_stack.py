@@ -137,6 +137,29 @@ def test_a_service_killed_in_the_middle_changes_no_text(service: str, stack: Sta
     assert stack.complete(400) == whole
 
 
+def test_a_rank_killed_in_the_middle_changes_no_text(tmp_path: Path) -> None:
+    flags = ("--tensor-parallel", "2", "--pipeline-parallel", "2")
+    stack = Stack(tmp_path, "--threads", "1", *flags)
+    try:
+        stack.wait_ready()
+        verifier = stack.pids()["services.verifier"]
+        ranks = [int(pid) for pid in Path(f"/proc/{verifier}/task/{verifier}/children").read_text().split()]
+        assert len(ranks) == 3, "rank 0 has started the others"
+        whole = stack.complete(150)
+        stream = stack.client.completions.create(
+            model="default-llm", prompt=PROMPT, max_tokens=150, temperature=0, stream=True
+        )
+        pieces = [next(stream).choices[0].text]
+        os.kill(ranks[-1], signal.SIGKILL)
+        pieces += [event.choices[0].text for event in stream]
+        assert "".join(pieces) == whole
+        assert stack.pids()["services.verifier"] != verifier, "the group is another one"
+        assert "group failed" in stack.log.read_text() or "rank 3 of 4" in stack.log.read_text()
+    finally:
+        stack.process.terminate()
+        stack.process.wait(60)
+
+
 def test_specserve_complete_streams_into_the_terminal(stack: Stack) -> None:
     command = [sys.executable, "-m", "services.launcher.main", "complete", PROMPT, "--url", stack.url]
     shown = subprocess.run(
