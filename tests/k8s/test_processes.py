@@ -7,11 +7,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import redis
 import trustme
 
 from services.gateway.api_keys import hash_key, new_key
 from tests.k8s.hub import hub
-from tests.k8s.processes import Given, Substitutions, running
+from tests.k8s.processes import Container, Given, Substitutions, running
 from tests.k8s.rendering import REPOSITORY, Resource, named, overlay, pods, with_components
 
 START_TIMEOUT_S = 120.0
@@ -51,8 +52,26 @@ def run_and_ask(resources: list[Resource], folder: Path) -> None:
             assert {pod.workload for pod in pods(resources) if pod.kind != "Job"} == containers.keys()
             for container in containers.values():
                 assert container.wait_until_probed(START_TIMEOUT_S) == (PROBES if container.pod.leads else [])
+                if "metrics" in container.pod.ports():
+                    url = f"http://127.0.0.1:{container.port('metrics')}/metrics"
+                    assert f"specserve_{container.spec['name']}_" in httpx.get(url, trust_env=False).text
             with httpx.Client(timeout=START_TIMEOUT_S, trust_env=False) as client:
                 ask(client, f"http://127.0.0.1:{containers['gateway'].port('http')}")
+
+
+def test_redis_has_its_records_again_after_a_restart(tmp_path: Path) -> None:
+    resources = overlay("cpu-demo")
+    (pod,) = (pod for pod in pods(resources) if pod.workload == "redis")
+    (spec,) = pod.spec["containers"]
+    container = Container(pod, spec, resources, Substitutions(resources, tmp_path), Given({}, {}))
+    with redis.Redis(port=container.port("redis")) as client:
+        for attempt in range(2):
+            with container.running():
+                container.wait_until_probed(START_TIMEOUT_S)
+                assert client.get("record") == (b"tokens" if attempt else None)
+                client.set("record", "tokens")
+                client.close()
+                container.stop()
 
 
 def test_what_secrets_bring(redis_url: str, tmp_path: Path) -> None:
