@@ -8,9 +8,9 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -81,10 +81,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class CompletionClient:
-    """Greedy streaming completions of one model at `url`."""
+    """Streaming completions of one model at `url`, greedy ones unless `fields` of the requests say otherwise."""
 
     url: str
     model: str
+    fields: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def connect(cls, url: str) -> CompletionClient:
@@ -114,6 +115,7 @@ class CompletionClient:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self.fields,
         }
         with _connection(self.url) as connection:
             started = time.monotonic()

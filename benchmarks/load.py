@@ -45,10 +45,7 @@ def measure_load(
         RequestFailed: one request failed.
     """
     wanted = list(itertools.islice(itertools.cycle(prompts), REQUESTS_PER_STREAM * streams))
-    with ThreadPoolExecutor(streams) as pool:
-        started = time.perf_counter()
-        answers = list(pool.map(lambda prompt: client.stream(prompt, new_tokens), wanted))
-        total_s = time.perf_counter() - started
+    answers, total_s = stream_all(client, wanted, new_tokens, streams)
     return LoadSample(
         configuration,
         streams,
@@ -58,6 +55,20 @@ def measure_load(
         first_token_ms=[1000 * stream.times[0] for stream in answers],
         gap_ms=[1000 * gap for stream in answers for gap in _gaps(stream)],
     )
+
+
+def stream_all(
+    client: CompletionClient, prompts: Sequence[Prompt], new_tokens: int, streams: int
+) -> tuple[list[Stream], float]:
+    """A request for each prompt, `streams` of them open; and the seconds until the last answer has ended.
+
+    Raises:
+        RequestFailed: one request failed.
+    """
+    with ThreadPoolExecutor(streams) as pool:
+        started = time.perf_counter()
+        answers = list(pool.map(lambda prompt: client.stream(prompt, new_tokens), prompts))
+        return answers, time.perf_counter() - started
 
 
 def _gaps(stream: Stream) -> Iterator[float]:

@@ -1,16 +1,18 @@
-"""What a step waits for its drafts, and how much of that is the drafting itself.
+"""What the way to a speculator and back adds to a step.
 
     python -m benchmarks.round_trip --streams 1 --streams 8
 
-The whole stack as processes on one machine, every step drafting. The verifier's own clock says how long its steps
-waited, the speculator's how long it worked on their messages; the rest is the round trip: gRPC, thread changes, and the
-verifier's bookkeeping of trees.
+The whole stack as processes on one machine, every step drafting. The verifier's clock says how long its orders for
+drafts were out, the speculator's, in each answer, how long it worked on it; the rest is the round trip: serialisation,
+gRPC, the sockets, thread changes. Meanwhile the verifier hands out the tokens of the step before, which it has to do
+anyway: what is left of the round trip is added to the step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
+import itertools
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from benchmarks.client import CompletionClient, Prompt, RequestFailed
-from benchmarks.load import measure_load
+from benchmarks.load import stream_all
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown_table, shown_command
 from benchmarks.stack import free_port, running_stack
@@ -39,47 +41,40 @@ from services.launcher.supervisor import ServiceFailed
 RESULTS = Path(__file__).with_name("results")
 PROMPTS = Path(__file__).with_name("prompts") / "mixed.jsonl"
 STREAMS = (1, 8, 32)
-WAITED, WORKED = "specserve_verifier_draft_seconds", "specserve_speculator_answer_seconds"
+ANSWER, ROUND_TRIP = "specserve_verifier_answer_seconds", "specserve_verifier_round_trip_seconds"
+HANDED_OUT = "specserve_verifier_hand_out_seconds"
+# A single stream takes few steps for a request.
+LEAST_REQUESTS = 24
+
+
+Samples = dict[tuple[str, str], float]
+"""By name and, of a histogram's bucket, its upper bound."""
 
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """Milliseconds of a step, means over all steps: waited for drafts, and worked on by the speculator."""
+    """Milliseconds: means of an order until its answer and of handing tokens out, median and mean of the round trip."""
 
     streams: int
-    steps: int
-    waited_ms: float
-    worked_ms: float
+    orders: int
+    answer_ms: float
+    median_ms: float
+    mean_ms: float
+    handed_out_ms: float
+
+    @property
+    def worked_ms(self) -> float:
+        return self.answer_ms - self.mean_ms
 
     @property
     def added_ms(self) -> float:
-        return self.waited_ms - self.worked_ms
+        return self.median_ms - self.handed_out_ms
 
 
-@dataclass(frozen=True)
-class Clocks:
-    """Seconds since the start, and the steps that waited."""
-
-    waited: float
-    steps: float
-    worked: float
-
-
-class Metrics:
-    """Reads both services' metrics."""
-
-    def __init__(self, verifier_port: int, speculator_port: int) -> None:
-        self._verifier_port, self._speculator_port = verifier_port, speculator_port
-
-    def read(self) -> Clocks:
-        verifier, speculator = _samples(self._verifier_port), _samples(self._speculator_port)
-        return Clocks(verifier[f"{WAITED}_sum"], verifier[f"{WAITED}_count"], speculator[f"{WORKED}_sum"])
-
-
-def _samples(port: int) -> dict[str, float]:
+def _samples(port: int) -> Samples:
     with urllib.request.urlopen(f"http://{LOOPBACK}:{port}/metrics", timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
-        return {sample.name: sample.value for family in families for sample in family.samples}
+        return {(each.name, each.labels.get("le", "")): each.value for family in families for each in family.samples}
 
 
 async def measure_round_trips(
@@ -92,41 +87,81 @@ async def measure_round_trips(
     """
     tokenizer = GatewayTokenizer.from_folder(resolve_model(up.llm))
     ids: list[Prompt] = [tokenizer.encode(prompt) for prompt in prompts]
-    ports = free_port(), free_port()
-    options = {
-        "verifier": {"draft_always": True, "metrics_port": ports[0]},
-        "speculator": {"metrics_port": ports[1]},
-    }
-    metrics = Metrics(*ports)
+    port = free_port()
+    options = {"verifier": {"draft_always": True, "metrics_port": port}}
     async with running_stack(up, options, lambda _: None) as stack:
         client = await asyncio.to_thread(CompletionClient.connect, stack.url)
-        await asyncio.to_thread(measure_load, client, "", ids, new_tokens, 1, 0)
+        await asyncio.to_thread(stream_all, client, ids, new_tokens, 1)
         found = []
         for count in streams:
-            before = metrics.read()
-            await asyncio.to_thread(measure_load, client, "", ids, new_tokens, count, 0)
-            found.append(_between(count, before, metrics.read()))
+            wanted = list(itertools.islice(itertools.cycle(ids), max(LEAST_REQUESTS, 2 * count)))
+            before = _samples(port)
+            await asyncio.to_thread(stream_all, client, wanted, new_tokens, count)
+            found.append(_between(count, before, _samples(port)))
     return found
 
 
-def _between(streams: int, before: Clocks, after: Clocks) -> RoundTrips:
-    steps = after.steps - before.steps
-    waited, worked = after.waited - before.waited, after.worked - before.worked
-    return RoundTrips(streams, int(steps), 1000 * waited / steps, 1000 * worked / steps)
+def _between(streams: int, before: Samples, after: Samples) -> RoundTrips:
+    came = {key: value - before.get(key, 0.0) for key, value in after.items()}
+
+    def mean_ms(name: str) -> float:
+        return 1000 * came[f"{name}_sum", ""] / came[f"{name}_count", ""]
+
+    buckets = sorted((float(le), count) for (name, le), count in came.items() if name == f"{ROUND_TRIP}_bucket")
+    orders = int(came[f"{ANSWER}_count", ""])
+    return RoundTrips(
+        streams, orders, mean_ms(ANSWER), 1000 * _median(buckets), mean_ms(ROUND_TRIP), mean_ms(HANDED_OUT)
+    )
+
+
+def _median(buckets: Sequence[tuple[float, float]]) -> float:
+    """buckets: upper bounds and cumulative counts, both rising. Linear within a bucket."""
+    half = buckets[-1][1] / 2
+    lower, below = 0.0, 0.0
+    for upper, count in buckets:
+        if count >= half:
+            return lower + (upper - lower) * (half - below) / (count - below)
+        lower, below = upper, count
+    raise ValueError("no counts")
 
 
 def page(rows: Sequence[RoundTrips], command: str, machine: dict[str, str]) -> str:
-    header = ("streams", "steps", "a step waits, ms", "the speculator works, ms", "added, ms")
+    header = (
+        "streams",
+        "orders",
+        "order to answer, ms",
+        "the speculator works, ms",
+        "round trip, median ms",
+        "mean ms",
+        "tokens handed out, ms",
+        "added, ms",
+    )
     cells = [
-        (str(row.streams), str(row.steps), *(f"{ms:.2f}" for ms in (row.waited_ms, row.worked_ms, row.added_ms)))
+        (
+            str(row.streams),
+            str(row.orders),
+            *(
+                f"{ms:.2f}"
+                for ms in (
+                    row.answer_ms,
+                    row.worked_ms,
+                    row.median_ms,
+                    row.mean_ms,
+                    row.handed_out_ms,
+                    row.added_ms,
+                )
+            ),
+        )
         for row in rows
     ]
     facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"""# Drafts: what the round trip adds
 
-`{command}`, {date}. The embedded models, drafting in every step, asked through the gateway; means over all steps.
-A step waits from its plan until its trees are merged; meanwhile it also hands out the last step's tokens.
+`{command}`, {date}. The embedded models, drafting in every step, asked through the gateway; means over all
+orders where nothing else is said. The round trip is the time from an order to its answer less the speculator's work.
+While it lasts, the tokens of the step before are handed out, which takes its time without any drafts too: the rest of
+the median is what is added to a step.
 
 {markdown_table(header, cells, text_columns=0)}
 
@@ -149,7 +184,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 96,
     out: Annotated[Path, typer.Option(help="The page.")] = RESULTS / "round-trip-cpu.md",
 ) -> None:
-    """Measures what a step waits for its drafts beside the drafting itself."""
+    """Measures what the way to a speculator and back adds to a step."""
     console = Console(stderr=True)
     machine = describe_machine(0)
     try:
@@ -161,9 +196,7 @@ def main(
         raise typer.Exit(1) from None
     out.write_text(page(rows, shown_command("benchmarks.round_trip", sys.argv[1:]), machine), encoding="utf-8")
     for row in rows:
-        console.print(
-            f"{row.streams} streams: {row.waited_ms:.2f} ms, drafting {row.worked_ms:.2f}, added {row.added_ms:.2f}"
-        )
+        console.print(f"{row.streams} streams: round trip {row.median_ms:.2f} ms, added {row.added_ms:.2f}")
     console.print(f"wrote {out}")
 
 

@@ -73,12 +73,14 @@ class SpeculateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
+    ADVANCE_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
     OPEN_FIELD_NUMBER: _builtins.int
-    ADVANCE_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Repeated in the response, so that a late response is recognised."""
+    @_builtins.property
+    def advance(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdvanceSequence]: ...
     @_builtins.property
     def close(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequences to forget. Unknown ones are ignored."""
@@ -86,16 +88,14 @@ class SpeculateRequest(_message.Message):
     @_builtins.property
     def open(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenSequence]: ...
     @_builtins.property
-    def advance(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdvanceSequence]: ...
-    @_builtins.property
     def draft(self) -> _containers.RepeatedCompositeFieldContainer[Global___DraftRequest]: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
+        advance: _abc.Iterable[Global___AdvanceSequence] | None = ...,
         close: _abc.Iterable[_builtins.int] | None = ...,
         open: _abc.Iterable[Global___OpenSequence] | None = ...,
-        advance: _abc.Iterable[Global___AdvanceSequence] | None = ...,
         draft: _abc.Iterable[Global___DraftRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -220,7 +220,10 @@ class SpeculateResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
     UNKNOWN_SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
+    WORK_SECONDS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
+    work_seconds: _builtins.float
+    """How long the speculator worked on the request."""
     @_builtins.property
     def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]: ...
     @_builtins.property
@@ -233,10 +236,11 @@ class SpeculateResponse(_message.Message):
         step: _builtins.int = ...,
         drafts: _abc.Iterable[Global___Draft] | None = ...,
         unknown_sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
+        work_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "step", b"step", "unknown_sequence_ids", b"unknown_sequence_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "step", b"step", "unknown_sequence_ids", b"unknown_sequence_ids", "work_seconds", b"work_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

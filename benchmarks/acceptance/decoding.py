@@ -97,9 +97,9 @@ class LocalSpeculator:
 
     def forget(self, sequence: RunningSequence) -> None:
         if (known := self._known.pop(sequence.id, None)) is not None:
-            if fresh := sequence.tokens[known:]:
-                self._service.answer(STREAM, wire.last_tokens({sequence.id: fresh}))
-            self._service.answer(STREAM, speculator_pb2.SpeculateRequest(close=[sequence.id]))
+            message = speculator_pb2.SpeculateRequest()
+            wire.add_endings(message, {sequence.id: sequence.tokens[known:]})
+            self._service.answer(STREAM, message)
 
     def open(self, sequences: Sequence[RunningSequence]) -> None:
         """Prompts are computed with their first drafts."""

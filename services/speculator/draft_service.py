@@ -38,6 +38,7 @@ class DraftService:
 
     def answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
         """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol."""
+        unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
         for sequence_id in message.close:
             for source in self._sources:
                 source.close((stream, sequence_id))
@@ -46,7 +47,6 @@ class DraftService:
         if prepared := [(stream, opened.sequence_id) for opened in message.open if opened.prepare]:
             for source in self._sources:
                 source.prepare(prepared)
-        unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
         orders = [wire.draft_order(stream, order) for order in message.draft]
         unknown |= {order.key[1] for order in orders if order.key not in self._sources[0]}
         known = [order for order in orders if order.key[1] not in unknown]

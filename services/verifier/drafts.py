@@ -54,10 +54,10 @@ class DraftSource(Protocol):
         """Valid trees by sequence id; what is late, missing or wrong is left out. `deadline` is monotonic time."""
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended."""
+        """The sequence has ended; what asks next tells the source."""
 
     def flush(self) -> None:
-        """Pass the endings on, without waiting for the next step."""
+        """Tell it at once."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class DraftCollector:
         if orders:
             self._step += 1
             asked = [source for source in self.sources if source.send(self._step, orders)]
+        else:
+            self.flush()
         return Asked(plans, wishes, asked, self._step, time.monotonic() + self.settings.timeout_s)
 
     def collect(self, asked: Asked) -> dict[int, MergedDraft]:

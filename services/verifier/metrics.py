@@ -7,12 +7,13 @@ from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 
 from services.verifier.request import Sink, StepOutput
 from speculation.acceptance import Accepted
 from speculation.merge import MergedDraft
 
+_ROUND_TRIPS = (0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0008, 0.001, 0.0015, 0.002, 0.004, 0.008, 0.016, 0.064, 0.256)
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4)
 _NODES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -60,6 +61,25 @@ class VerifierMetrics:
             "specserve_verifier_draft_seconds",
             "Time that a step waited for its drafts.",
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.answer_seconds = Histogram(
+            "specserve_verifier_answer_seconds",
+            "Time from an order for drafts to its answer, by speculator.",
+            ("speculator",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.round_trip_seconds = Histogram(
+            "specserve_verifier_round_trip_seconds",
+            "Part of it that the speculator, as it says, did not work: the way there and back.",
+            ("speculator",),
+            buckets=_ROUND_TRIPS,
+            registry=registry,
+        )
+        self.hand_out_seconds = Summary(
+            "specserve_verifier_hand_out_seconds",
+            "Time to hand out a step's tokens and to count it, while the next step's drafts are made.",
             registry=registry,
         )
         self.step_curve = gauge(

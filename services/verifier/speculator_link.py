@@ -10,7 +10,7 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import grpc
@@ -129,6 +129,10 @@ class SpeculatorLink:
         self._metrics.speculator_failures.labels(self.address, reason).inc()
         log.warning("speculator dropped; decoding goes on without it", extra={"at": self.address, "reason": message})
 
+    def _count_answer(self, seconds: float, work_seconds: float) -> None:
+        self._metrics.answer_seconds.labels(self.address).observe(seconds)
+        self._metrics.round_trip_seconds.labels(self.address).observe(max(0.0, seconds - work_seconds))
+
     async def _connect_for_ever(self) -> None:
         backoff = FIRST_BACKOFF_S
         while True:
@@ -164,7 +168,7 @@ class SpeculatorLink:
         self.names = names
         # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
         call = stub.Speculate(metadata=((TOKENIZER_METADATA, self._llm.tokenizer_identity),))
-        stream = _Stream(call, max(1, len(names)), self._outbox)
+        stream = _Stream(call, max(1, len(names)), self._outbox, self._count_answer)
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)
@@ -180,14 +184,14 @@ class _Stream:
     `run` and `cancel` are the event loop's, everything else is the engine's thread's.
     """
 
-    def __init__(self, call: _Call, models: int, outbox: Outbox) -> None:
+    def __init__(self, call: _Call, models: int, outbox: Outbox, on_answer: Callable[[float, float], None]) -> None:
         self.models = models
         self._outbox = outbox
+        self._on_answer = on_answer  # seconds that an answer took, and that the speculator worked
         self._requests: asyncio.Queue[speculator_pb2.SpeculateRequest] = asyncio.Queue()
         self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
         self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
-        self._ended: list[int] = []
-        self._last_tokens: dict[int, list[int]] = {}  # of ended sequences, those that the speculator does not have
+        self._ended: dict[int, list[int]] = {}  # sequence id -> those of its tokens that the speculator does not have
         self._orders: dict[int, DraftOrder] = {}
         self._unanswered = 0  # the step whose answer is outstanding; 0 for none
         self._sent_at = 0.0
@@ -209,10 +213,12 @@ class _Stream:
             self._known.update({sequence.id: len(sequence.tokens) for sequence in new})
 
     def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
-        self.flush()
         self._unanswered, self._sent_at = step, time.monotonic()
         self._orders = {order.sequence.id: order for order in orders}
-        self._outbox.put(self._requests, wire.speculate_request(step, orders, self._known))
+        message = wire.speculate_request(step, orders, self._known)
+        wire.add_endings(message, self._ended)
+        self._ended = {}
+        self._outbox.put(self._requests, message)
         for order in orders:
             self._known[order.sequence.id] = len(order.sequence.tokens)
 
@@ -241,18 +247,14 @@ class _Stream:
 
     def forget(self, sequence: RunningSequence) -> None:
         if (known := self._known.pop(sequence.id, None)) is not None:
-            self._ended.append(sequence.id)
-            if fresh := sequence.tokens[known:]:
-                self._last_tokens[sequence.id] = fresh
+            self._ended[sequence.id] = sequence.tokens[known:]
 
     def flush(self) -> None:
-        """Two messages: within one, closing comes before advancing."""
-        if self._last_tokens:
-            self._outbox.put(self._requests, wire.last_tokens(self._last_tokens))
-            self._last_tokens = {}
         if self._ended:
-            self._outbox.put(self._requests, speculator_pb2.SpeculateRequest(close=self._ended))
-            self._ended = []
+            message = speculator_pb2.SpeculateRequest()
+            wire.add_endings(message, self._ended)
+            self._ended = {}
+            self._outbox.put(self._requests, message)
 
     async def run(self) -> str:
         """Pass messages on, both ways, until the call ends; why it did."""
@@ -260,6 +262,8 @@ class _Stream:
         try:
             while isinstance(response := await self._call.read(), speculator_pb2.SpeculateResponse):
                 self._responses.put(response)
+                if response.step:
+                    self._on_answer(time.monotonic() - self._sent_at, response.work_seconds)
             return "the speculator ended the stream"
         except grpc.aio.AioRpcError as error:
             return wire.status_of(error)

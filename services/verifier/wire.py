@@ -102,12 +102,12 @@ def speculate_request(
     return message
 
 
-def last_tokens(tokens: Mapping[int, Sequence[int]]) -> speculator_pb2.SpeculateRequest:
-    """What sequences ended with, by sequence id."""
-    message = speculator_pb2.SpeculateRequest()
-    for sequence_id, token_ids in tokens.items():
-        message.advance.add(sequence_id=sequence_id, token_ids=token_ids)
-    return message
+def add_endings(message: speculator_pb2.SpeculateRequest, ended: Mapping[int, Sequence[int]]) -> None:
+    """ended: by sequence id, the tokens that the speculator does not have."""
+    for sequence_id, token_ids in ended.items():
+        if token_ids:
+            message.advance.add(sequence_id=sequence_id, token_ids=token_ids)
+        message.close.append(sequence_id)
 
 
 def read_drafts(

@@ -123,6 +123,18 @@ def speak(service: DraftService, sequence: int, output: list[int]) -> None:
     service.answer(9, speculator_pb2.SpeculateRequest(close=[sequence]))
 
 
+def test_a_sequence_that_ends_leaves_its_last_tokens_to_the_index() -> None:
+    """They come in the message that closes it, together with another sequence's order."""
+    service, _ = build(("suffix-index",))
+    service.answer(9, opening(1, PROMPT))
+    message = speculator_pb2.SpeculateRequest(step=2, close=[1])
+    message.advance.add(sequence_id=1, token_ids=[3, 3, 0, 1, 2])
+    message.open.extend(opening(2, [3, 3, 0]).open)
+    (tree,) = trees_of(service.answer(9, _with_draft(message, 2)))
+    assert list(tree.token_ids[:3]) == [0, 1, 2]
+    assert service.answer(9, advancing(1, [0])).unknown_sequence_ids == [1]
+
+
 ALL = ("ssm-a", "ssm-b", "prompt-lookup", "suffix-index")
 SUBSETS = [subset for size in range(1, 5) for subset in itertools.combinations(ALL, size)]
 
