@@ -6,6 +6,7 @@ case writes what it holds to `out`.RANK, rank 0 also what the scenario gave, the
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -44,10 +45,17 @@ def main(cases: list[dict[str, Any]], rank: int, port: int) -> None:
 
 def _play_case(case: dict[str, Any], group: Group) -> dict[str, Any]:
     options = LoadOptions(device=case["device"], dtype=case["dtype"], kernels=case["kernels"])
+    before = _memory()
     model = RankModel.load(Path(case["folder"]), options, group)
+    weights = _memory() - before
     # The ranks have different memory, and all take the least.
     cache = model.new_cache(0.5, max_sequences=1, blocks=BLOCKS + group.rank)
-    result: dict[str, Any] = {"cache": cache.data.nbytes, "blocks": cache.blocks, "layers": list(model.shard.layers)}
+    result: dict[str, Any] = {
+        "weights": weights,
+        "cache": cache.data.nbytes,
+        "blocks": cache.blocks,
+        "layers": list(model.shard.layers),
+    }
     if group.rank == 0:
         result["played"] = play(LeadingModel(model, group), cache)
     else:
@@ -57,6 +65,13 @@ def _play_case(case: dict[str, Any], group: Group) -> dict[str, Any]:
         assert isinstance(orders[-1], AcceptedPaths)
         result["moved"] = cache.data[:, :, orders[-1].moves]
     return result
+
+
+def _memory() -> int:
+    """Bytes that this process has for itself, without the pages of files."""
+    gc.collect()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
 
 
 def _recorded(group: Group) -> tuple[list[StepPlan | AcceptedPaths], list[torch.Size]]:

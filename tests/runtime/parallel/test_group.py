@@ -13,6 +13,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
 
 from kernels.backend import RequestedName
+from runtime.config import read_config
 from runtime.kv_cache import KVCache
 from runtime.parallel.sharding import Degrees
 from runtime.transformer import LoadOptions, Transformer
@@ -127,6 +128,26 @@ def test_the_cache_of_a_rank_holds_its_layers_and_kv_heads(case: Any, ranks: Any
         assert rank["cache"] == cache.data.nbytes * share / min(tensor, model.config.kv_heads)
         assert rank["layers"] == ranks[case][index - index % tensor]["layers"], "a stage's ranks share its layers"
     assert sorted(layer for rank in ranks[case][::tensor] for layer in rank["layers"]) == [0, 1, 2]
+
+
+def test_the_memory_for_weights_shrinks_with_the_ranks(tmp_path: Path) -> None:
+    """Of the processes, with the weights packed for their kernels; pages are of 2 MiB."""
+    large: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    }
+    folders = {"large": write_model(tmp_path / "model", "llama-gqa", vocab_size=VOCAB, **large)}
+    held: dict[tuple[int, int], int] = {}
+    for degrees in ((1, 1), (2, 1), (2, 2)):  # fresh processes: memory that was given back may be taken again
+        case: Case = ("large", degrees, "native", "auto")
+        (out := tmp_path / f"{degrees}").mkdir()
+        held[degrees] = max(rank["weights"] for rank in run_cases([case], folders, out, "cpu")[case])
+    config = read_config(folders["large"])
+    assert held[1, 1] >= 4 * config.parameters
+    assert held[2, 1] < 0.65 * held[1, 1]
+    assert held[2, 2] < 0.4 * held[1, 1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

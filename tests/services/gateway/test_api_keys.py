@@ -11,8 +11,10 @@ import openai
 import pytest
 
 from services.common.lifecycle import StartupError
-from services.gateway.api_keys import ApiKeys, hash_key, new_key
+from services.gateway.api_keys import OPEN_PATHS, ApiKeys, hash_key, new_key
 from tests.services.gateway.conftest import RunningGateway
+
+PATHS = ("/v1/completions", "/v1/models", "/v1/models/x", "/metrics", "/openapi.json")
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_only_a_known_key_is_served(
     assert not [key for key in keys if key in caplog.text or hash_key(key) in caplog.text]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/v1/models/x", "/metrics", "/openapi.json", "/no"])
+@pytest.mark.parametrize("path", [*PATHS, "/no"])
 @pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer x", "Basic KEY", "KEY"])
 def test_every_route_but_the_probes_asks_for_one(
     start_module_gateway: Callable[..., RunningGateway], path: str, authorization: str | None
@@ -58,6 +60,11 @@ def test_every_route_but_the_probes_asks_for_one(
         assert ("no API key" in refused.text) == (authorization is None)
     for probe in ("/health", "/ready"):
         assert gateway.get(probe).status_code == 200
+
+
+def test_no_route_is_left_out(gateway: RunningGateway) -> None:
+    schema = gateway.get("/openapi.json").json()
+    assert {path.replace("{name}", "x") for path in schema["paths"]} == {*PATHS, *OPEN_PATHS} - {"/openapi.json"}
 
 
 def test_a_changed_file_takes_effect(keys: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

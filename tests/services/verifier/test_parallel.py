@@ -24,7 +24,7 @@ from services.common.tls import INSECURE
 from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSMS
 from tests.ports import free_port
 from tests.services.harness import Services, request, status_of
-from tests.services.verifier.rank_processes import RankedVerifier, ranked_verifier, wait_until
+from tests.services.verifier.rank_processes import START_TIMEOUT_S, RankedVerifier, ranked_verifier, wait_until
 from tests.services.verifier.test_lossless import assert_lossless, prompts
 from tests.tiny_models import hugging_face_greedy, write_model, write_relative
 
@@ -112,6 +112,14 @@ def test_a_dead_rank_ends_the_group_at_once(wide_llm: Path, tmp_path: Path) -> N
         assert details.startswith("rank 1 of 2 (stage 1, tensor rank 0) has")
         assert verifier.process.wait(END_S) == 1
         assert details in verifier.log
+
+
+def test_a_rank_that_dies_at_its_start_is_named(wide_llm: Path, tmp_path: Path) -> None:
+    with ranked_verifier(wide_llm, tmp_path, "--tensor-parallel=2", wait=False) as verifier:
+        wait_until(lambda: 1 in verifier.pids(), START_TIMEOUT_S)
+        verifier.signal(1, signal.SIGKILL)
+        assert verifier.process.wait(END_S) == 1
+        assert verifier.log.splitlines()[-1] == "verifier: rank 1 ended at its start with signal 9"
 
 
 def test_the_others_end_when_rank_0_hangs(wide_llm: Path, tmp_path: Path) -> None:
