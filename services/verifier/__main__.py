@@ -27,15 +27,17 @@ def run(settings: VerifierSettings, config: Path | None) -> int:
     if place is not None and place.rank > 0:
         from services.verifier.worker import run_rank  # the other ranks need no gRPC
 
-        return run_rank(settings, place)
-    from services.common.service import serve_until_signal
-    from services.verifier.server import serve
+        code = run_rank(settings, place)
+    else:
+        from services.common.service import serve_until_signal
+        from services.verifier.server import serve
 
-    configure_logs("verifier", settings.log_level, settings.log_format)
-    code = serve_until_signal("verifier", settings, partial(serve, place=place))
+        configure_logs("verifier", settings.log_level, settings.log_format)
+        code = serve_until_signal("verifier", settings, partial(serve, place=place))
     if settings.tensor_parallel * settings.pipeline_parallel > 1:
         logging.shutdown()
-        os._exit(code)  # the engine's thread may wait for a rank that is gone, and would hold the process
+        # Threads may wait for a rank that is gone: the engine's would hold the process, the collectives' abort it.
+        os._exit(code)
     return code
 
 

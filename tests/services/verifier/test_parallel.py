@@ -182,6 +182,27 @@ def test_ranks_that_cannot_start_say_why_in_one_line(
     assert complaint in line
 
 
+def test_ranks_that_were_not_started_alike_say_so(wide_llm: Path) -> None:
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "services.verifier", "--insecure", f"--llm={wide_llm}", f"--port={free_port()}"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--tensor-parallel=2", f"--kernels={kernels}"],
+            env=os.environ | meeting | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, kernels in enumerate(("native", "torch"))
+    ]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert all("rank 1 has kernels torch, rank 0 has native; start them alike" in error for error in errors), errors
+
+
 def test_ranks_but_the_first_need_no_service_libraries() -> None:
     program = (
         "import sys, services.verifier.worker\n"
