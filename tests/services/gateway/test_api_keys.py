@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,29 @@ def test_every_route_but_the_probes_asks_for_one(
 def test_no_route_is_left_out(gateway: RunningGateway) -> None:
     schema = gateway.get("/openapi.json").json()
     assert {path.replace("{name}", "x") for path in schema["paths"]} == {*PATHS, *OPEN_PATHS} - {"/openapi.json"}
+
+
+def test_every_key_is_compared_with_every_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In constant time each, wherever the match is: the time of an answer tells nothing about the known hashes."""
+    compared: list[bytes] = []
+    compare = hmac.compare_digest
+
+    def counting(given: bytes, known: bytes) -> bool:
+        compared.append(known)
+        return compare(given, known)
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    keys = [new_key() for _ in range(5)]
+    known = ApiKeys(None, [hash_key(key) for key in keys])
+    assert not known.admits(new_key())
+    order, places = list(compared), set()
+    assert sorted(order) == sorted(hash_key(key).encode() for key in keys)
+    for key in keys:
+        compared.clear()
+        assert known.admits(key)
+        assert compared == order
+        places.add(compared.index(hash_key(key).encode()))
+    assert places == set(range(len(keys))), "the match was first, last and in between"
 
 
 def test_a_changed_file_takes_effect(keys: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
