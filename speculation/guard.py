@@ -25,7 +25,7 @@ _LONG_RUN = 64
 # Weight of what was expected against what came: that of so many sequences' steps, but never less than a share.
 _PRIOR_SEQUENCES, _LEAST_WEIGHT = 2.0, 0.1
 # Share of the time that trials may lose after the first failure; each further one halves it.
-_SHARE, _MOST_HALVINGS = 0.0125, 3
+_SHARE, _MOST_HALVINGS = 0.005, 4
 
 
 class Guard:

@@ -116,7 +116,7 @@ class IdleTrials:
     Its cost is a small share of the time since the last trial. The first ones come sooner: little is known.
     """
 
-    SHARE, FIRST_SHARE = 0.003, 0.01
+    SHARE, FIRST_SHARE = 0.0015, 0.005
     LEAST_STEPS, FIRST_STEPS = 64, 16
     FIRST = 2  # of each way, which come sooner
     ROWS_SHARE = 0.3  # of a plain step, which a trial may add by its rows

@@ -31,8 +31,9 @@ from speculation.tree import TokenTree
 _PROBE_EVERY, _FIRST_PLAIN_EVERY = 64, 8
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
-# Steps for which no draft is thought of when none pays: thinking costs more than a small model's plain step can bear.
-_REST_STEPS = 8
+# Steps for which no draft is thought of when none pays, and for how many at most when none has for long: thinking costs
+# more than a small model's plain step can bear.
+_REST_STEPS, _LONGEST_REST = 8, 64
 # Behind the first so many drafts, one in so many teaches: looking back takes time too.
 _ALL_TEACH, _TEACH_EVERY = 128, 8
 
@@ -78,7 +79,7 @@ class MeasuredBudget(DraftBudget):
         self._trials = IdleTrials()
         self._reliability = Reliability()
         self._drafted_steps = self._drafts = 0
-        self._rest = 0  # steps
+        self._rest = self._last_rest = 0  # steps
         self._drafting = False  # whether the last step that might draft did so because it pays
         self._step: _Step | None = None
 
@@ -117,6 +118,7 @@ class MeasuredBudget(DraftBudget):
 
     def _drafted(self, step: _Step, choice: Choice, wishes: Sequence[Wish]) -> Ask:
         self._drafted_steps += 1
+        self._last_rest = 0
         turn = self._drafted_steps % (2 * _PROBE_EVERY)
         chosen = wishes if len(choice.chosen) == len(wishes) else [wishes[place] for place in choice.chosen]
         if turn % (_FIRST_PLAIN_EVERY if self._guards.at(step.price.tokens)[0].young else _PROBE_EVERY) == 0:
@@ -132,7 +134,7 @@ class MeasuredBudget(DraftBudget):
         option = self._trials.due(self._options, step.price, wish.plan.draft_nodes, self._chooser.fresh(wish))
         if option is None:
             if not step.sampled and not self._guards.at(step.price.tokens)[0].young:
-                self._rest = _REST_STEPS
+                self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
             return Ask()
         step.trial, step.whole = True, wish.id
         self._chooser.reckon_anew()
