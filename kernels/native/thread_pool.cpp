@@ -60,8 +60,13 @@ void ThreadPool::run(int items, Call call, const void* context) {
     wake_.notify_all();
   }
   take_part(0);
-  const auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
-  while (!spin_until(finished)) std::this_thread::yield();
+  const auto finished = [this] { return unfinished_.load() == 0; };
+  if (spin_until(finished)) return;
+  // Another process has a worker's processor: asleep, the caller leaves its own to the worker.
+  std::unique_lock<std::mutex> lock(sleep_mutex_);
+  caller_sleeps_.store(true);
+  finished_.wait(lock, finished);
+  caller_sleeps_.store(false);
 }
 
 // Runs what the thread can claim of the loop.
@@ -69,7 +74,11 @@ void ThreadPool::take_part(int thread) {
   Claims claims(*this, thread);
   if (!claims.next()) return;
   call_(context_, claims);
-  unfinished_.fetch_sub(claims.taken(), std::memory_order_release);
+  // Sequentially consistent, like the other side in run(): the caller sees that all is done or is seen asleep.
+  if (unfinished_.fetch_sub(claims.taken()) == claims.taken() && caller_sleeps_.load()) {
+    const std::lock_guard<std::mutex> lock(sleep_mutex_);
+    finished_.notify_one();
+  }
 }
 
 // The thread's own range, then the others'.

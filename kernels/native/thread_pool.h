@@ -89,9 +89,9 @@ class ThreadPool {
   const std::unique_ptr<Range[]> ranges_;  // one for each thread, the caller's first
   alignas(64) std::atomic<int> unfinished_{0};
   alignas(64) std::atomic<int> sleepers_{0};
-  std::atomic<bool> stopping_{false}, resting_{false};
+  std::atomic<bool> stopping_{false}, resting_{false}, caller_sleeps_{false};
   std::mutex sleep_mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, finished_;
   std::vector<std::thread> workers_;
 };
 
