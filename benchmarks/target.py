@@ -9,7 +9,7 @@ from benchmarks.aims import Aim, load_aims, step_aims, stream_aims
 from benchmarks.configurations import BEST_FIRST, PLAIN, Configuration
 from benchmarks.load import summarize_load
 from benchmarks.markdown import markdown_table, with_quartiles
-from benchmarks.peers.configurations import SHORT_NAMES
+from benchmarks.peers.configurations import SHORT_NAMES, WIDTHS
 from benchmarks.rounds import Measurements
 from benchmarks.samples import PeerSteps, StepTimes, Trial
 from benchmarks.summary import Row, summarize
@@ -30,7 +30,7 @@ class Target:
 
     @property
     def aims(self) -> list[Aim]:
-        same = [steps for steps in self.measured.peer_steps if _same_precision(self.measured.steps[0], steps)]
+        same = [steps for steps in self.measured.peer_steps if _as_wide(self.measured.steps[0], steps)]
         return [
             *step_aims(self.measured.steps[0], same),
             *stream_aims(self.rows),
@@ -58,8 +58,11 @@ def target_sections(target: Target) -> list[str]:
     return sections
 
 
-def _same_precision(ours: StepTimes, theirs: PeerSteps) -> bool:
-    return any(ours.dtype == dtype and f", {short}" in theirs.title for dtype, short in SHORT_NAMES.items())
+def _as_wide(ours: StepTimes, theirs: PeerSteps) -> bool:
+    """Whether both read as many bytes of weights: bf16 and fp16 are equals."""
+    return any(
+        WIDTHS.get(ours.dtype) == WIDTHS[dtype] and f", {short}" in theirs.title for dtype, short in SHORT_NAMES.items()
+    )
 
 
 def _models(target: Target) -> str:

@@ -10,6 +10,8 @@ import json
 from benchmarks.configurations import Configuration, Precision
 
 SHORT_NAMES: dict[Precision, str] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+WIDTHS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
+"""Bits of a weight."""
 LLAMA_PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 DRAFT_LENGTHS = (2, 3, 4, 6, 8)
 LEAST_PROBABILITIES = (0.0, 0.5)
