@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 
 from services.launcher import watchdog
@@ -83,13 +84,18 @@ class Child:
     """
 
     def __init__(
-        self, name: str, process: asyncio.subprocess.Process, keeper: Watchdog, on_line: Callable[[str], None]
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        output: FileIO,
+        keeper: Watchdog,
+        on_line: Callable[[str], None],
     ) -> None:
         self.name = name
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self._process = process
         self._keeper = keeper
-        self._reader = asyncio.create_task(self._read(on_line))
+        self._reader = asyncio.create_task(self._read(output, on_line))
         self._exit = asyncio.create_task(self._wait())
 
     @classmethod
@@ -102,19 +108,25 @@ class Child:
         on_line: Callable[[str], None],
     ) -> Child:
         """Starts the command in a session of its own, out of reach of the terminal's Ctrl-C."""
-        process = await asyncio.create_subprocess_exec(
-            *("/bin/sh", "-c", GATE, name, *command),
-            env=dict(environment),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        # Were the pipe asyncio's, it would report the end only when whatever the child started has closed it too.
+        read_end, write_end = os.pipe()
+        output = FileIO(read_end)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *("/bin/sh", "-c", GATE, name, *command),
+                env=dict(environment),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=write_end,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(write_end)
         await keeper.add(process.pid)
         assert process.stdin is not None
         process.stdin.write(b"go\n")
         process.stdin.close()
-        return cls(name, process, keeper, on_line)
+        return cls(name, process, output, keeper, on_line)
 
     @property
     def pid(self) -> int:
@@ -148,17 +160,21 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def _read(self, on_line: Callable[[str], None]) -> None:
-        assert self._process.stdout is not None
+    async def _read(self, output: FileIO, on_line: Callable[[str], None]) -> None:
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), output
+        )
         rest = b""
-        while chunk := await self._process.stdout.read(CHUNK_BYTES):
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > LINE_BYTES:
-                lines, rest = [*lines, rest], b""
-            for raw in lines:
-                line = raw.decode(errors="replace")
-                self.tail.append(line)
-                on_line(line)
+        with contextlib.closing(transport):
+            while chunk := await reader.read(CHUNK_BYTES):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if len(rest) > LINE_BYTES:
+                    lines, rest = [*lines, rest], b""
+                for raw in lines:
+                    line = raw.decode(errors="replace")
+                    self.tail.append(line)
+                    on_line(line)
 
     async def _wait(self) -> int:
         code = await self._process.wait()
