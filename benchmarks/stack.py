@@ -15,11 +15,12 @@ from pathlib import Path
 from services.common.setting_values import to_text
 from services.common.settings import ENVIRONMENT_PREFIX, to_flags, variable
 from services.launcher.environment import child_environment
+from services.launcher.limits import Limits
 from services.launcher.plan import FREE_ATTEMPTS, FREE_CHOICES, LOOPBACK, Planner
 from services.launcher.processes import Watchdog
 from services.launcher.readiness import grpc_probe
 from services.launcher.settings import UpSettings
-from services.launcher.supervisor import Limits, Progress, Service, Supervisor
+from services.launcher.supervisor import Progress, Service, Supervisor
 
 ServiceOptions = Mapping[str, Mapping[str, object]]
 """Settings by section: {"verifier": {"draft_nodes": 4}}."""

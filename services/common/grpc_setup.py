@@ -250,14 +250,25 @@ def _name_options(security: Tls, name: str) -> Options:
     return (("grpc.ssl_target_name_override", wanted),) if wanted else ()
 
 
-async def is_serving(connection: grpc.aio.Channel, service: str = "", timeout_s: float = 1.0) -> bool:
-    """Whether the peer is reachable and its health call says SERVING; `service` "" is the server as a whole."""
+async def health_status(
+    connection: grpc.aio.Channel, service: str = "", timeout_s: float = 1.0, wait_for_ready: bool = False
+) -> int | None:
+    """What the peer's health call says, a HealthCheckResponse.ServingStatus; None when it does not answer.
+
+    service: "" is the server as a whole. wait_for_ready: attempts to connect that fail are repeated until the timeout.
+    """
     stub: Any = health_pb2_grpc.HealthStub(connection)  # its type stub lacks the calls
+    request = health_pb2.HealthCheckRequest(service=service)
     try:
-        response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        response = await stub.Check(request, timeout=timeout_s, wait_for_ready=wait_for_ready)
     except grpc.aio.AioRpcError:
-        return False
-    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+        return None
+    return int(response.status)
+
+
+async def is_serving(connection: grpc.aio.Channel, service: str = "", timeout_s: float = 1.0) -> bool:
+    """Whether the peer is reachable and its health call says SERVING."""
+    return await health_status(connection, service, timeout_s) == health_pb2.HealthCheckResponse.SERVING
 
 
 async def wait_not_serving(connection: grpc.aio.Channel) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from services.common.model_files import resolve_model
 from services.common.settings import SettingsError, given_settings, to_flags
-from services.launcher.readiness import grpc_probe, http_probe, redis_probe
+from services.launcher.readiness import grpc_alive_probe, grpc_probe, http_probe, redis_probe
 from services.launcher.redis_server import find_redis_server, redis_command, redis_url
 from services.launcher.settings import UpSettings
 from services.launcher.supervisor import Service
@@ -73,7 +73,8 @@ class Planner:
         return Plan(tuple(services), f"http://{_reachable(settings.host)}:{port}")
 
     def _redis(self, url: str) -> Service:
-        return Service("redis", tuple(redis_command(find_redis_server(), self._folder)), redis_probe(url), silent=True)
+        command = tuple(redis_command(find_redis_server(), self._folder))
+        return Service("redis", command, redis_probe(url), redis_probe(url), silent=True)
 
     def _speculator(self, index: int, address: str) -> Service:
         decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]} | ON_LOOPBACK
@@ -81,7 +82,7 @@ class Planner:
         if index:
             command += tuple(to_flags(FIRST_SPECULATOR_ONLY))
         name = "speculator" if len(self._settings.speculators) == 1 else f"speculator-{index + 1}"
-        return Service(name, command, grpc_probe(address), expendable=True)
+        return Service(name, command, grpc_probe(address), grpc_alive_probe(address), expendable=True)
 
     def _verifier(self, address: str, speculators: tuple[str, ...]) -> Service:
         decided = {
@@ -91,7 +92,7 @@ class Planner:
             "speculator": speculators,
         } | ON_LOOPBACK
         command = self._command("verifier", decided, (*SHARED, *SHARED_WITH_VERIFIER))
-        return Service("verifier", command, grpc_probe(address))
+        return Service("verifier", command, grpc_probe(address), grpc_alive_probe(address))
 
     def _gateway(self, port: int, verifier: str, redis: str) -> Service:
         settings = self._settings
@@ -104,8 +105,9 @@ class Planner:
             "https_cert": None,
             "https_key": None,
         } | ON_LOOPBACK
-        probe = http_probe(f"http://{_reachable(settings.host)}:{port}/ready")
-        return Service("gateway", self._command("gateway", decided, SHARED), probe)
+        url = f"http://{_reachable(settings.host)}:{port}"
+        command = self._command("gateway", decided, SHARED)
+        return Service("gateway", command, http_probe(f"{url}/ready"), http_probe(f"{url}/health"))
 
     def _command(self, section: str, decided: Mapping[str, object], shared: tuple[str, ...]) -> tuple[str, ...]:
         given = given_settings(section, self._config, self._environ)

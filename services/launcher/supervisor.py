@@ -1,4 +1,4 @@
-"""Starts services, restarts those that die, stops all of them one after the other."""
+"""Starts services, restarts those that die or hang, stops all of them one after the other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from services.launcher.limits import Limits
+from services.launcher.liveness import hang
 from services.launcher.processes import Child, Watchdog
 from services.launcher.readiness import Probe
 
@@ -20,6 +22,8 @@ class Service:
     """A program to keep running.
 
     probe: tells when it is usable.
+    alive: tells whether it still answers, also while it drains or another service is away; without, only its death
+        is noticed.
     silent: what it writes is shown only when it fails.
     expendable: the others work without it, so it is restarted for ever; any other service may die
         Limits.restarts times within Limits.restart_window_s before everything is stopped.
@@ -28,21 +32,9 @@ class Service:
     name: str
     command: tuple[str, ...]
     probe: Probe
+    alive: Probe | None = None
     expendable: bool = False
     silent: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds, and restarts within restart_window_s. The n-th restart in a row waits backoff_s * 2^(n-1)."""
-
-    start_timeout_s: float = 120.0
-    stop_timeout_s: float = 35.0
-    poll_s: float = 0.1
-    backoff_s: float = 0.5
-    backoff_limit_s: float = 15.0
-    restarts: int = 5
-    restart_window_s: float = 120.0
 
 
 class ServiceFailed(Exception):
@@ -102,7 +94,7 @@ class Supervisor:
             raise failures.exceptions[0] from None
 
     async def supervise(self) -> None:
-        """Restarts what dies; runs until it is cancelled.
+        """Restarts what dies, and what no longer answers; runs until it is cancelled.
 
         Raises:
             ServiceFailed: a service that is not expendable died too often.
@@ -161,21 +153,42 @@ class Supervisor:
         deaths: collections.deque[float] = collections.deque()
         while True:
             child = self._children[service.name]
-            code = await child.wait()
-            now = time.monotonic()
-            deaths.append(now)
-            while deaths[0] < now - self._limits.restart_window_s:
-                deaths.popleft()
-            if len(deaths) > self._limits.restarts and not service.expendable:
-                reason = f"died {len(deaths)} times within {self._limits.restart_window_s:g} s"
-                raise ServiceFailed(service.name, f"{reason}, last with {_describe(code)}", child.tail)
-            delay = min(self._limits.backoff_s * 2 ** (len(deaths) - 1), self._limits.backoff_limit_s)
+            code = await self._end_of(service, child)
+            delay = self._count_death(service, child, code, deaths)
             log.error("%s ended with %s; it is restarted", service.name, _describe(code), extra={"delay_s": delay})
             await asyncio.sleep(delay)
             try:
                 await self._start(service)
             except ServiceFailed as failure:
                 log.error("%s", failure)  # its death is counted by the next turn
+
+    async def _end_of(self, service: Service, child: Child) -> int:
+        """The exit code of the service, which is killed when it hangs."""
+        if service.alive is None:
+            return await child.wait()
+        ended = asyncio.create_task(child.wait())
+        hung = asyncio.create_task(hang(service.alive, self._limits))
+        try:
+            await asyncio.wait([ended, hung], return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                log.error("%s runs but did not answer for %.1f s; it is killed", service.name, hung.result())
+                await child.kill()
+            return await ended
+        finally:
+            ended.cancel()
+            hung.cancel()
+
+    def _count_death(self, service: Service, child: Child, code: int, deaths: collections.deque[float]) -> float:
+        """How long the restart waits; ServiceFailed when there were too many. deaths: those within the window."""
+        now = time.monotonic()
+        deaths.append(now)
+        while deaths[0] < now - self._limits.restart_window_s:
+            deaths.popleft()
+        if len(deaths) > self._limits.restarts and not service.expendable:
+            reason = f"died {len(deaths)} times within {self._limits.restart_window_s:g} s"
+            raise ServiceFailed(service.name, f"{reason}, last with {_describe(code)}", child.tail)
+        backoff: float = self._limits.backoff_s * 2 ** (len(deaths) - 1)
+        return min(backoff, self._limits.backoff_limit_s)
 
 
 def _ignore(line: str) -> None:

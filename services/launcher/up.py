@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,19 @@ from services.common.logs import configure_logs
 from services.common.model_files import ModelFilesError
 from services.common.settings import SettingsError
 from services.launcher.environment import child_environment
+from services.launcher.limits import Limits
 from services.launcher.plan import Planner
 from services.launcher.processes import Watchdog
 from services.launcher.readiness import PROBE_TIMEOUT_S
 from services.launcher.redis_server import NoRedisServer
 from services.launcher.settings import UpSettings
-from services.launcher.supervisor import Limits, Progress, Service, ServiceFailed, Supervisor
+from services.launcher.supervisor import Progress, Service, ServiceFailed, Supervisor
 
 log = logging.getLogger(__name__)
 
 # A service gets this long beyond its own drain timeout before it is killed.
 STOP_MARGIN_S = 5.0
+LIMITS = Limits()
 
 READY = """
 SpecServe is ready: {url}/v1  (model {model}; Ctrl-C stops it)
@@ -46,8 +49,8 @@ SpecServe is ready: {url}/v1  (model {model}; Ctrl-C stops it)
 """
 
 
-def up(settings: UpSettings, config: Path | None) -> int:
-    """Runs until a signal.
+def up(settings: UpSettings, config: Path | None, limits: Limits = LIMITS) -> int:
+    """Runs until a signal; the settings decide how long start and stop may take, `limits` all else.
 
     Exit codes: 0 after an orderly stop, 1 after a second signal or when a service cannot be run, 2 for bad settings.
     """
@@ -60,8 +63,10 @@ def up(settings: UpSettings, config: Path | None) -> int:
         except (SettingsError, ModelFilesError, NoRedisServer) as error:
             console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             return 2
-        limits = Limits(
-            start_timeout_s=settings.start_timeout_s, stop_timeout_s=settings.drain_timeout_s + STOP_MARGIN_S
+        limits = replace(
+            limits,
+            start_timeout_s=settings.start_timeout_s,
+            stop_timeout_s=settings.drain_timeout_s + STOP_MARGIN_S,
         )
         environment = child_environment(os.environ)
         return asyncio.run(run(plan.services, partial(_greet, plan.url), environment, limits, Path(folder), console))

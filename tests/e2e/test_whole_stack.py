@@ -25,12 +25,12 @@ PROMPT = "Once upon a time, there was a little girl who"
 
 
 class Stack:
-    """A running `specserve up`."""
+    """A running `specserve up`, or another program with its flags."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, program: tuple[str, ...] = ("services.launcher.main", "up")) -> None:
         self.port = free_port()
         self.log = folder / "log"
-        command = [sys.executable, "-m", "services.launcher.main", "up", "--port", str(self.port), *flags]
+        command = [sys.executable, "-m", *program, "--port", str(self.port), *flags]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         self.url = f"http://127.0.0.1:{self.port}"

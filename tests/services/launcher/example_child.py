@@ -1,10 +1,11 @@
-"""A service of the launcher's tests: answers GET /ready, and writes what happens to it into a journal.
+"""A service of the launcher's tests: answers GET /ready and /alive, and writes what happens to it into a journal.
 
 Standard library alone, so that it starts in milliseconds.
 """
 
 import argparse
 import http.server
+import itertools
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--stubborn", action="store_true", help="ignore SIGTERM")
     parser.add_argument("--drain-s", type=float, default=0.0)
+    parser.add_argument("--slow-s", type=float, nargs="*", default=[], help="how long answers to /alive take, in turn")
+    parser.add_argument("--deaf-after", type=int, default=0, help="close the port after so many answers to /alive")
     parser.add_argument("--grandchild", action="store_true", help="start a process of its own")
     options = parser.parse_args()
 
@@ -45,16 +48,29 @@ def main() -> None:
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
         note("grandchild", subprocess.Popen([sys.executable, "-I", "-S", "-c", code]).pid)
 
-    class Ready(http.server.BaseHTTPRequestHandler):
+    delays = itertools.cycle(options.slow_s or [0.0])
+    answers: list[str] = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/alive":
+                note("is-alive", os.getpid())
+                time.sleep(next(delays))
+                answers.append(self.path)
+                if len(answers) == options.deaf_after:
+                    threading.Thread(target=server.shutdown).start()
             self.send_response(503 if options.never_ready else 200)
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", options.port), Ready)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    def serve() -> None:
+        with server:
+            server.serve_forever()
+
+    server = http.server.HTTPServer(("127.0.0.1", options.port), Answer)
+    threading.Thread(target=serve, daemon=True).start()
     while True:
         signal.pause()
 

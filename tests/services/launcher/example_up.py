@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from services.common.logs import configure_logs
+from services.launcher.limits import Limits
 from services.launcher.readiness import http_probe
-from services.launcher.supervisor import Limits, Service
+from services.launcher.supervisor import Service
 from services.launcher.up import run
 from tests.ports import free_port
 from tests.services.launcher import example_child
@@ -33,6 +34,7 @@ def main() -> int:
                 name,
                 (sys.executable, "-I", "-S", example_child.__file__, *arguments),
                 http_probe(f"http://127.0.0.1:{port}/ready"),
+                http_probe(f"http://127.0.0.1:{port}/alive"),
                 expendable=name == "drafter",
             )
         )

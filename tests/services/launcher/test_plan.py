@@ -52,6 +52,7 @@ def test_the_services_are_told_of_each_other(settings: UpSettings) -> None:
     assert plan.url == f"http://127.0.0.1:{gateway['--port'][0]}"
     assert all("--insecure" in part for part in (speculator, verifier, gateway))
     assert all(part.get("--host", ["127.0.0.1"]) == ["127.0.0.1"] for part in (speculator, verifier)), "on loopback"
+    assert all(service.alive for service in plan.services), "none may hang unnoticed"
     ports = {part["--port"][0] for part in (speculator, verifier, gateway)}
     assert len(ports) == 3
     assert "0" not in ports
