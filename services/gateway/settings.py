@@ -44,7 +44,12 @@ class GatewaySettings(ServiceSettings):
     resume_timeout_s: float = setting(
         "Seconds to wait for a lost verifier to come back, for each accepted request.", default=30.0, minimum=0
     )
-    resume_attempts: int = setting("Most attempts to resume a generation after a loss.", default=20, minimum=0)
+    resume_attempts: int = setting(
+        "Most attempts to resume a generation after a loss; the default is more than fit into the default of "
+        "resume_timeout_s.",
+        default=40,
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 
 from services.common.grpc_setup import StatusError
 from services.common.model_files import tokenizer_hash
+from services.gateway.settings import GatewaySettings
+from services.gateway.verifier import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from tests.services.gateway.conftest import RunningGateway, counter, wait_until
 from tests.services.gateway.scripted_verifier import Facts
 
@@ -61,6 +63,11 @@ def test_attempts_are_bounded(start_gateway: Callable[..., RunningGateway]) -> N
     assert (caught.value.status_code, caught.value.code) == (503, "verifier_unavailable")
     # every attempt begins behind token 3, so none makes progress
     assert len(gateway.script.requests) == 3
+
+
+def test_by_default_the_time_is_what_ends_an_outage() -> None:
+    shortest = [min(FIRST_BACKOFF_S * 2**n, LONGEST_BACKOFF_S) / 2 for n in range(GatewaySettings.resume_attempts)]
+    assert sum(shortest) > GatewaySettings.resume_timeout_s
 
 
 def test_a_resumed_generation_waits_for_a_full_queue(gateway: RunningGateway) -> None:
