@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An LLM, and an SSM that often guesses its tokens."""
-    llm = write_model(tmp_path_factory.mktemp("llm"))
+    llm = write_model(tmp_path_factory.mktemp("llm"), max_position_embeddings=1024)  # the gateway's one stream is long
     return llm, write_relative(tmp_path_factory.mktemp("ssm"), llm, noise=0.02)
 
 
