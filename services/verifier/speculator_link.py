@@ -1,4 +1,4 @@
-"""The verifier's stream to one speculator.
+"""The verifier's connection to one speculator.
 
 A speculator may be slow, wrong, restarted or gone. A late one is not waited for again until it has answered; a wrong,
 silent or lost one has its stream ended and is connected again with backoff. Nothing that happens here changes a token.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import grpc
 
-from protos import speculator_pb2, tree_pb2
+from protos import tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
 from services.common.grpc_setup import aio_channel
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
 from services.common.tls import Security
 from services.verifier import wire
+from services.verifier.draft_stream import DraftStream
 from services.verifier.drafts import DraftOrder
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
@@ -34,8 +34,6 @@ FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 10.0
 # A speculator that has not answered for so long is taken for hung; until then it may be computing a long prompt.
 HUNG_AFTER_S = 10.0
-
-_Call = grpc.aio.StreamStreamCall[speculator_pb2.SpeculateRequest, speculator_pb2.SpeculateResponse]
 
 
 class SpeculatorLink:
@@ -55,7 +53,7 @@ class SpeculatorLink:
         self._metrics = metrics
         self._outbox = outbox
         self._loop = asyncio.get_running_loop()
-        self._stream: _Stream | None = None
+        self._stream: DraftStream | None = None
         self._settled = asyncio.Event()
         self._mismatch: ModelMismatch | None = None
 
@@ -123,7 +121,7 @@ class SpeculatorLink:
         if (stream := self._stream) is not None:
             stream.flush()
 
-    def _drop(self, stream: _Stream, reason: str, message: str) -> None:
+    def _drop(self, stream: DraftStream, reason: str, message: str) -> None:
         self._stream = None
         self._loop.call_soon_threadsafe(stream.cancel)
         self._metrics.speculator_failures.labels(self.address, reason).inc()
@@ -168,7 +166,7 @@ class SpeculatorLink:
         self.names = names
         # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
         call = stub.Speculate(metadata=((TOKENIZER_METADATA, self._llm.tokenizer_identity),))
-        stream = _Stream(call, max(1, len(names)), self._outbox, self._count_answer)
+        stream = DraftStream(call, max(1, len(names)), self._outbox, self._count_answer)
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)
@@ -176,110 +174,3 @@ class SpeculatorLink:
         reason = await stream.run()
         if self._stream is stream:
             self._drop(stream, "unavailable", reason)
-
-
-class _Stream:
-    """One Speculate call and what the speculator knows at its other end.
-
-    `run` and `cancel` are the event loop's, everything else is the engine's thread's.
-    """
-
-    def __init__(self, call: _Call, models: int, outbox: Outbox, on_answer: Callable[[float, float], None]) -> None:
-        self.models = models
-        self._outbox = outbox
-        self._on_answer = on_answer  # seconds that an answer took, and that the speculator worked
-        self._requests: asyncio.Queue[speculator_pb2.SpeculateRequest] = asyncio.Queue()
-        self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
-        self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
-        self._ended: dict[int, list[int]] = {}  # sequence id -> those of its tokens that the speculator does not have
-        self._orders: dict[int, DraftOrder] = {}
-        self._unanswered = 0  # the step whose answer is outstanding; 0 for none
-        self._sent_at = 0.0
-        self._call = call
-
-    def behind(self) -> float:
-        """For how long an answer to an earlier step has been outstanding, in seconds; 0 when none is."""
-        while self._unanswered and not self._responses.empty():
-            response = self._responses.get()
-            if response is None or response.step >= self._unanswered:
-                self._unanswered = 0
-            if response is None:
-                self._responses.put(None)  # the next receive tells that the stream has ended
-        return time.monotonic() - self._sent_at if self._unanswered else 0.0
-
-    def open(self, sequences: Sequence[RunningSequence]) -> None:
-        if new := [sequence for sequence in sequences if sequence.id not in self._known]:
-            self._outbox.put(self._requests, wire.opening(new))
-            self._known.update({sequence.id: len(sequence.tokens) for sequence in new})
-
-    def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
-        self._unanswered, self._sent_at = step, time.monotonic()
-        self._orders = {order.sequence.id: order for order in orders}
-        message = wire.speculate_request(step, orders, self._known)
-        wire.add_endings(message, self._ended)
-        self._ended = {}
-        self._outbox.put(self._requests, message)
-        for order in orders:
-            self._known[order.sequence.id] = len(order.sequence.tokens)
-
-    def receive(self, step: int, deadline: float, vocab_size: int) -> Mapping[int, list[TokenTree]]:
-        """The trees of a step.
-
-        Raises:
-            TimeoutError: no response by the deadline. ConnectionError: the stream has ended.
-            InvalidTree: a tree is malformed, is for another state, or exceeds its budget.
-        """
-        while True:
-            try:
-                response = self._responses.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise TimeoutError from None
-            if response is None:
-                raise ConnectionError("the speculator ended the stream")
-            if response.step > step:
-                raise InvalidTree(f"response to step {response.step}, but the newest request is {step}")
-            if response.step == step:
-                self._unanswered = 0
-                break
-        for sequence_id in response.unknown_sequence_ids:
-            self._known.pop(sequence_id, None)
-        return wire.read_drafts(response, self._orders, vocab_size)
-
-    def forget(self, sequence: RunningSequence) -> None:
-        if (known := self._known.pop(sequence.id, None)) is not None:
-            self._ended[sequence.id] = sequence.tokens[known:]
-
-    def flush(self) -> None:
-        if self._ended:
-            message = speculator_pb2.SpeculateRequest()
-            wire.add_endings(message, self._ended)
-            self._ended = {}
-            self._outbox.put(self._requests, message)
-
-    async def run(self) -> str:
-        """Pass messages on, both ways, until the call ends; why it did."""
-        writing = asyncio.create_task(self._write())
-        try:
-            while isinstance(response := await self._call.read(), speculator_pb2.SpeculateResponse):
-                self._responses.put(response)
-                if response.step:
-                    self._on_answer(time.monotonic() - self._sent_at, response.work_seconds)
-            return "the speculator ended the stream"
-        except grpc.aio.AioRpcError as error:
-            return wire.status_of(error)
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise  # the task's own end, not the call's
-            return "the stream was cancelled"
-        finally:
-            self._responses.put(None)
-            writing.cancel()
-            self._call.cancel()
-
-    async def _write(self) -> None:
-        with suppress(grpc.RpcError, asyncio.InvalidStateError):  # the call has ended, which `run` is told
-            while True:
-                await self._call.write(await self._requests.get())
-
-    def cancel(self) -> None:
-        self._call.cancel()
