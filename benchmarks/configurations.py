@@ -43,6 +43,11 @@ class Configuration:
     dtype: Precision = "float32"
     flags: tuple[str, ...] = ()
 
+    @property
+    def learns(self) -> bool:
+        """Whether a budget decides what is drafted, by what it has learned."""
+        return self.engine == "specserve" and self.drafts and "draft_width" not in self.verifier
+
 
 PLAIN = Configuration("plain", "SpecServe, plain decoding", "specserve", drafts=False)
 BEST_FIRST = Configuration("tree", "SpecServe, tree speculation, best-first", "specserve", drafts=True)

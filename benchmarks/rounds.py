@@ -12,7 +12,7 @@ from statistics import median
 
 from benchmarks.client import CompletionClient, Prompt, VerifierClient
 from benchmarks.configurations import BEST_FIRST, PLAIN, Configuration
-from benchmarks.load import LoadSample, measure_load
+from benchmarks.load import LoadSample, measure_load, stream_all
 from benchmarks.peers.batched_bench import llama_step_times
 from benchmarks.peers.home import LLAMA_CPP
 from benchmarks.samples import LatencyPair, PeerSteps, Sample, StepTimes, Trial
@@ -87,6 +87,14 @@ class Benchmark:
             self._tell(f"{candidate.title}: {trials[-1].ms_per_token:.2f} ms per token")
         self.measured.trials += trials
         return min(zip(candidates, trials, strict=True), key=lambda pair: pair[1].ms_per_token)[0]
+
+    async def learn(self, configurations: Sequence[Configuration], streams: Sequence[int]) -> None:
+        """Serves each load once, unmeasured: budgets of drafts keep over restarts what they learn of it."""
+        for configuration in configurations:
+            for count in streams:
+                async with self._client(configuration, count) as (client, _):
+                    await asyncio.to_thread(stream_all, client, self._ids, self.task.new_tokens, count)
+                self._tick(configuration.key)
 
     async def run_rounds(self, configurations: Sequence[Configuration]) -> None:
         """All rounds; every other one goes through the configurations in reverse."""

@@ -57,8 +57,9 @@ class Models:
 class Servers:
     """Starts servers for `models`; close with `async with`.
 
-    work: a folder for converted models. streams: the most sequences at once that will be asked for; a vLLM server,
-    which takes a minute to start, is started once for all of them and sleeps in between.
+    work: a folder for converted models, and for what our verifiers keep over restarts.
+    streams: the most sequences at once that will be asked for; a vLLM server, which takes a minute to start, is started
+        once for all of them and sleeps in between.
     """
 
     models: Models
@@ -111,8 +112,9 @@ class Servers:
             threads=self.models.threads,
         )
         device = {"device": self.models.device}
+        kept = {"step_times": str(self.work / "kept" / configuration.key)}
         options: ServiceOptions = {
-            "verifier": device | configuration.verifier,
+            "verifier": device | kept | configuration.verifier,
             "speculator": device | configuration.speculator,
         }
         async with running_stack(up, options, self.on_line) as stack:

@@ -74,8 +74,11 @@ async def measure_target(
         )
         chosen = await lineup.choose(benchmark, inflated=bool(inflated))
         crowd = [configuration for configuration in chosen if lineup.takes_many(configuration)] if streams else []
-        total = task.rounds * (len(chosen) * len(task.prompts) + len(crowd) * len(streams))
+        learners = [configuration for configuration in chosen if configuration.learns]
+        loads = [1, *streams]
+        total = task.rounds * (len(chosen) * len(task.prompts) + len(crowd) * len(streams)) + len(learners) * len(loads)
         progress.update(bar, total=total, completed=0)
+        await benchmark.learn(learners, loads)
         await benchmark.run_rounds(chosen)
         await benchmark.run_load(crowd, streams)
         progress.update(bar, description=f"{name}: step times")
