@@ -6,20 +6,19 @@ go out through thread-safe doors.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from runtime.parallel.liveness import GroupFailed
 from services.verifier.drafts import DraftCollector
+from services.verifier.inbox import Arrival, Inbox
 from services.verifier.logprobs import gather_logprobs
 from services.verifier.metrics import StepReport, VerifierMetrics
-from services.verifier.request import GenerationRequest, QueueFull, Sink, StepOutput, TokenLogprob
+from services.verifier.request import EngineStopped, GenerationRequest, Sink, StepOutput, TokenLogprob
 from services.verifier.runner import Runner, StepLogits
 from services.verifier.scheduler import Scheduler, SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
@@ -36,10 +35,6 @@ _HEAD_START_S = 0.0003
 
 class StepFailed(RuntimeError):
     """The step that a sequence took part in failed; the sequence is lost, the engine goes on."""
-
-
-class EngineStopped(RuntimeError):
-    """The verifier stops before a sequence has ended; another one, or this one restarted, can go on with its tokens."""
 
 
 class Engine:
@@ -61,13 +56,9 @@ class Engine:
         self.scheduler = scheduler
         self.drafts = drafts
         self.metrics = metrics
-        self._max_waiting = max_waiting
         self._on_fatal = on_fatal
-        self._ids = itertools.count(1)
-        self._lock = threading.Condition()
-        self._arrivals: deque[tuple[int, GenerationRequest, Sink]] = deque()
-        self._cancelled: set[int] = set()
-        self._stopping = self._aborted = False
+        self._inbox = Inbox(max_waiting, lambda: len(scheduler.waiting))
+        self._aborted = threading.Lock()  # once taken, it is never given back
         self._sequences: dict[int, RunningSequence] = {}
         self._unreported: list[StepReport] = []
         self._step_seconds = 0.0
@@ -78,24 +69,19 @@ class Engine:
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the loop after the step under way; sequences still alive get an error."""
-        with self._lock:
-            self._stopping = True
-            self._lock.notify()
+        self._inbox.close()
         # After abort() the step under way may never end.
-        self._thread.join(0 if self._aborted else timeout_s)
+        self._thread.join(0 if self._aborted.locked() else timeout_s)
 
     def abort(self, reason: Exception) -> None:
         """End all requests at once so that another verifier can go on with them; no step follows.
 
         From any thread: the engine's own may be in a step that waits for a lost rank for ever.
         """
-        with self._lock:
-            if self._aborted:
-                return
-            self._stopping = self._aborted = True
-            sinks = [sink for _, _, sink in self._arrivals]
-            self._arrivals.clear()
-            self._lock.notify()
+        if not self._aborted.acquire(blocking=False):
+            return
+        self._inbox.close()
+        sinks = [arrival.sink for arrival in self._inbox.take().arrivals]
         sinks += [sequence.sink for sequence in list(self._sequences.values())]
         for sink in sinks:
             sink(EngineStopped(str(reason)))
@@ -109,22 +95,11 @@ class Engine:
         """
         config = self.runner.model.config
         request.check(config.vocab_size, config.context_length)
-        with self._lock:
-            if self._stopping:
-                raise EngineStopped("the verifier is stopping and takes no requests")
-            waiting = len(self._arrivals) + len(self.scheduler.waiting)
-            if waiting >= self._max_waiting:
-                raise QueueFull(waiting, self._retry_after_ms())
-            sequence_id = next(self._ids)
-            self._arrivals.append((sequence_id, request, sink))
-            self._lock.notify()
-        return sequence_id
+        return self._inbox.put(request, sink, self._retry_after_ms())
 
     def cancel(self, sequence_id: int) -> None:
         """Free what a sequence holds before the next step; nothing happens when it has ended."""
-        with self._lock:
-            self._cancelled.add(sequence_id)
-            self._lock.notify()
+        self._inbox.cancel(sequence_id)
 
     def _retry_after_ms(self) -> int:
         return max(100, min(30_000, int(1000 * self._step_seconds * 50)))
@@ -173,26 +148,22 @@ class Engine:
         if self.scheduler.idle:  # the next step may be long in coming
             self._report()
             self.drafts.flush()
-        with self._lock:
-            while not (self._arrivals or self._cancelled or self._stopping or not self.scheduler.idle):
-                self._lock.wait()
-            arrivals, self._arrivals = self._arrivals, deque()
-            cancelled, self._cancelled = self._cancelled, set()
-        for sequence_id, request, sink in arrivals:
-            if sequence_id not in cancelled:
-                self._admit(sequence_id, request, sink)
-        for sequence_id in cancelled:
+        mail = self._inbox.take(wait=self.scheduler.idle)
+        for arrival in mail.arrivals:
+            if arrival.id not in mail.cancelled:
+                self._admit(arrival)
+        for sequence_id in mail.cancelled:
             if (sequence := self._sequences.get(sequence_id)) is not None:
                 self._end(sequence, "cancelled")
         if self.scheduler.idle:
             self.scheduler.cache.check_idle()
-        return not self._stopping
+        return not mail.closed
 
-    def _admit(self, sequence_id: int, request: GenerationRequest, sink: Sink) -> None:
-        model = self.runner.model
+    def _admit(self, arrival: Arrival) -> None:
+        model, request = self.runner.model, arrival.request
         pipeline = LogitsPipeline(request.sampling, request.prompt, model.config.vocab_size, model.device)
-        sequence = RunningSequence(sequence_id, request, sink, pipeline)
-        self._sequences[sequence_id] = sequence
+        sequence = RunningSequence(arrival.id, request, arrival.sink, pipeline)
+        self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
 
     def _verify(
@@ -258,10 +229,8 @@ class Engine:
 
     def _fail_all(self, error: StepFailed | EngineStopped) -> None:
         self._report()
-        with self._lock:
-            arrivals, self._arrivals = self._arrivals, deque()
-        for _, _, sink in arrivals:
-            sink(error)
+        for arrival in self._inbox.take().arrivals:
+            arrival.sink(error)
         for sequence in list(self._sequences.values()):
             sequence.sink(error)
             self._end(sequence, "failed")

@@ -26,6 +26,10 @@ class QueueFull(RuntimeError):
         self.retry_after_ms = retry_after_ms
 
 
+class EngineStopped(RuntimeError):
+    """The verifier stops before a sequence has ended; another one, or this one restarted, can go on with its tokens."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One sequence to generate.

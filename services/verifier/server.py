@@ -26,14 +26,14 @@ from services.common.tls import security_of
 from services.verifier import wire
 from services.verifier.budget import DraftBudget, WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftSettings
-from services.verifier.engine import Engine, EngineStopped
+from services.verifier.engine import Engine
 from services.verifier.kept_file import KeptFile
 from services.verifier.knowledge import VERSION, Knowledge
 from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
 from services.verifier.ranks import joined, options_of
-from services.verifier.request import InvalidRequest, QueueFull, Sink, StepOutput
+from services.verifier.request import EngineStopped, InvalidRequest, QueueFull, Sink, StepOutput
 from services.verifier.runner import Runner
 from services.verifier.scheduler import Scheduler, SchedulerSettings
 from services.verifier.settings import VerifierSettings
