@@ -22,19 +22,17 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.client import CompletionClient, Prompt, RequestFailed
+from benchmarks.client import CompletionClient, Prompt
+from benchmarks.failures import STACK_FAILURES, exit_on
 from benchmarks.load import stream_all
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown_table, shown_command
 from benchmarks.stack import ServiceOptions, running_stack
 from benchmarks.summary import Quartiles
-from services.common.model_files import ModelFilesError, resolve_model
+from services.common.model_files import resolve_model
 from services.common.prompt_files import read_prompts
-from services.common.settings import SettingsError
 from services.gateway.tokenizer import GatewayTokenizer
-from services.launcher.redis_server import NoRedisServer
 from services.launcher.settings import EMBEDDED_LLM, UpSettings
-from services.launcher.supervisor import ServiceFailed
 
 RESULTS = Path(__file__).with_name("results")
 PROMPTS = tuple(Path(__file__).with_name("prompts") / f"{name}.jsonl" for name in ("tinystories", "gsm8k"))
@@ -189,18 +187,14 @@ def main(
     machine = describe_machine(0)
     loads = streams or STREAMS
     prompts = [prompt for path in PROMPTS for prompt in read_prompts(path)]
-    try:
-        with Progress(console=console) as progress:
-            task = progress.add_task("asking the stack", total=len(loads) * turns * len(ORDER))
-            options = {**OPTIONS, "verifier": {**OPTIONS["verifier"], "draft_always": always}}
-            up = UpSettings(llm=llm, ssm=tuple(ssm or ()))
-            measured = measure_turns(
-                up, prompts, loads, new_tokens, turns, temperature, options, lambda: progress.advance(task)
-            )
-            found = asyncio.run(measured)
-    except (ServiceFailed, NoRedisServer, ModelFilesError, SettingsError, RequestFailed) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    with exit_on(STACK_FAILURES, console), Progress(console=console) as progress:
+        task = progress.add_task("asking the stack", total=len(loads) * turns * len(ORDER))
+        options = {**OPTIONS, "verifier": {**OPTIONS["verifier"], "draft_always": always}}
+        up = UpSettings(llm=llm, ssm=tuple(ssm or ()))
+        measured = measure_turns(
+            up, prompts, loads, new_tokens, turns, temperature, options, lambda: progress.advance(task)
+        )
+        found = asyncio.run(measured)
     text = page(found, shown_command("benchmarks.drafting_pays", sys.argv[1:]), machine)
     out.write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -25,15 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.client import CompletionClient, RequestFailed, Stream
+from benchmarks.failures import STACK_FAILURES, exit_on
 from benchmarks.stack import DRAIN_S, free_port, running_services
-from services.common.model_files import ModelFilesError, resolve_model
-from services.common.settings import SettingsError, to_flags
+from services.common.model_files import resolve_model
+from services.common.settings import to_flags
 from services.gateway.tokenizer import GatewayTokenizer
 from services.launcher.plan import LOOPBACK
 from services.launcher.readiness import grpc_probe, http_probe, redis_probe
-from services.launcher.redis_server import NoRedisServer, find_redis_server, redis_command, redis_url
+from services.launcher.redis_server import find_redis_server, redis_command, redis_url
 from services.launcher.settings import EMBEDDED_LLM
-from services.launcher.supervisor import Service, ServiceFailed
+from services.launcher.supervisor import Service
 
 # One token, and text in any vocabulary of bytes.
 WORD = "a"
@@ -181,13 +182,9 @@ def main(
     streams: Annotated[list[int] | None, typer.Option(min=1, help="Open at once; repeatable. [default: 1 500]")] = None,
 ) -> None:
     """Measures the gateway alone: what it adds to an event, and whether it keeps many streams open."""
-    console = Console()
-    try:
-        with Console(stderr=True).status("measuring"):
-            loads = asyncio.run(measure_all(model, streams or [1, 500]))
-    except (ServiceFailed, RequestFailed, NoRedisServer, ModelFilesError, SettingsError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from None
+    console, beside = Console(), Console(stderr=True)
+    with exit_on(STACK_FAILURES, beside), beside.status("measuring"):
+        loads = asyncio.run(measure_all(model, streams or [1, 500]))
     table = Table("open streams", "failed", "events", "events/s", "added ms p50", "p99")
     for load in loads:
         figures = (f"{load.events_per_s:.0f}", f"{load.added_ms_p50:.2f}", f"{load.added_ms_p99:.2f}")

@@ -24,19 +24,17 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from benchmarks.client import CompletionClient, Prompt, RequestFailed
+from benchmarks.client import CompletionClient, Prompt
+from benchmarks.failures import STACK_FAILURES, exit_on
 from benchmarks.load import stream_all
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown_table, shown_command
 from benchmarks.stack import free_port, running_stack
-from services.common.model_files import ModelFilesError, resolve_model
+from services.common.model_files import resolve_model
 from services.common.prompt_files import read_prompts
-from services.common.settings import SettingsError
 from services.gateway.tokenizer import GatewayTokenizer
 from services.launcher.plan import LOOPBACK
-from services.launcher.redis_server import NoRedisServer
 from services.launcher.settings import EMBEDDED_LLM, UpSettings
-from services.launcher.supervisor import ServiceFailed
 
 RESULTS = Path(__file__).with_name("results")
 PROMPTS = Path(__file__).with_name("prompts") / "mixed.jsonl"
@@ -187,13 +185,9 @@ def main(
     """Measures what the way to a speculator and back adds to a step."""
     console = Console(stderr=True)
     machine = describe_machine(0)
-    try:
-        with console.status("asking the stack"):
-            up = UpSettings(llm=llm, ssm=tuple(ssm or ()))
-            rows = asyncio.run(measure_round_trips(up, read_prompts(PROMPTS), streams or STREAMS, new_tokens))
-    except (ServiceFailed, NoRedisServer, ModelFilesError, SettingsError, RequestFailed) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+    with exit_on(STACK_FAILURES, console), console.status("asking the stack"):
+        up = UpSettings(llm=llm, ssm=tuple(ssm or ()))
+        rows = asyncio.run(measure_round_trips(up, read_prompts(PROMPTS), streams or STREAMS, new_tokens))
     out.write_text(page(rows, shown_command("benchmarks.round_trip", sys.argv[1:]), machine), encoding="utf-8")
     for row in rows:
         console.print(f"{row.streams} streams: round trip {row.median_ms:.2f} ms, added {row.added_ms:.2f}")

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.chart import draw_chart
 from benchmarks.client import RequestFailed
 from benchmarks.configurations import MIXED_PROMPTS
+from benchmarks.failures import exit_on
 from benchmarks.gateway import GatewayLoad, measure_all
 from benchmarks.inflate import MEMORY_BOUND_PARAMETERS, CannotInflate, inflate
 from benchmarks.lineup import ENGINES, Lineup
@@ -199,7 +200,7 @@ def main(
     found = find_peers(peers)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = describe_machine(threads) | {"peers": ", ".join(found.versions.values()) or "none installed"}
-    try:
+    with exit_on(USAGE_ERRORS, console, 2), exit_on(RUN_ERRORS, console):
         lineup = Lineup(found, tuple(only or ENGINES), sequence_length, tuple(static_width or (2, 1, 1, 1)), trials)
         models = Models(llm, tuple(ssm or embedded_ssms(llm)), device, threads)
         task = Task(models, read_prompts(prompts)[::every], new_tokens, rounds)
@@ -207,9 +208,6 @@ def main(
             resolve_model(model)
         with model_folder(peers.resolve()) as work:
             targets, gateway = asyncio.run(run(task, lineup, inflate_to, chosen, work, console))
-    except (*USAGE_ERRORS, *RUN_ERRORS) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, USAGE_ERRORS) else 1) from None
     command = shown_command("benchmarks.serving", sys.argv[1:])
     page = out or RESULTS / f"serving-{device.partition(':')[0]}.md"
     conditions = Conditions(command, date, device, machine, len(task.prompts), rounds, new_tokens, lineup.absent)

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.client import RequestFailed, VerifierClient
 from benchmarks.configurations import MIXED_PROMPTS, NO_LOOKUP, static_drafts
+from benchmarks.failures import exit_on
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown_table, shown_command
 from benchmarks.samples import Answer
@@ -193,18 +194,12 @@ def main(
     console = Console(stderr=True)
     machine = describe_machine(threads)
     tried = list(shapes(nodes, depth, confidence, beam, _parse_widths(width)))
-    try:
+    with exit_on((BadPrompts, ModelFilesError), console, 2), exit_on((ServiceFailed, RequestFailed), console):
         asked = read_prompts(prompts)[::every]
         for model in (llm, *ssm):
             resolve_model(model)
         sweep = Sweep(llm, tuple(ssm), asked, new_tokens, threads, lambda line: console.print(line, style="dim"))
         outcomes = asyncio.run(_collect(sweep, tried, console))
-    except (BadPrompts, ModelFilesError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except (ServiceFailed, RequestFailed) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
     text = page(outcomes, shown_command("benchmarks.tune_drafts", sys.argv[1:]), machine, len(asked), new_tokens)
     print(text)
     if out is not None:

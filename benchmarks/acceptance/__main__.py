@@ -25,6 +25,7 @@ from benchmarks.acceptance.plot import draw_plot
 from benchmarks.acceptance.results import Conditions, Results, raw_numbers
 from benchmarks.acceptance.success import success_rows
 from benchmarks.acceptance.tasks import Continue, Covered, Describe, Task, Walked, Workers, plan
+from benchmarks.failures import exit_on
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import shown_command
 from services.common.lifecycle import StartupError
@@ -155,15 +156,12 @@ def main(
         device=device,
         threads=max(1, cores // processes),
     )
-    try:
+    with exit_on(USAGE_ERRORS, console, 2):
         asked = read_prompt_sets(prompts or [f"{path.stem}={path}" for path in PROMPT_SETS], prompts_per_set)
         for model in (setup.llm, *setup.boosted, *setup.independent):
             resolve_model(model)
         with Workers(setup, processes) as workers:
             results, facts = measure(workers, setup, asked, console)
-    except USAGE_ERRORS as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     command = shown_command("benchmarks.acceptance", sys.argv[1:])
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     write_results(
