@@ -30,7 +30,7 @@ from speculation.merge import MergedDraft
 log = logging.getLogger(__name__)
 
 # What hands tokens out wants the cores that an order for drafts needs to get on its way: the order goes first.
-_HEAD_START_S = 0.0003
+_HEAD_START_S = 0.0005
 
 
 class StepFailed(RuntimeError):
