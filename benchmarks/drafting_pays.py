@@ -126,7 +126,7 @@ def page(turns: Sequence[Turn], command: str, machine: dict[str, str]) -> str:
     for streams in dict.fromkeys(turn.streams for turn in turns):
         own = [turn for turn in turns if turn.streams == streams]
         ratios = [turn.ratio for turn in own]
-        drafting, plain = (float(np.mean([rate(turn) for turn in own])) for rate in (_drafting, _plain))
+        drafting, plain = np.mean([turn.drafting for turn in own]), np.mean([turn.plain for turn in own])
         error = float(np.std(ratios, ddof=1) / len(own) ** 0.5) if len(own) > 1 else float("nan")
         spread = Quartiles.of(ratios)
         rows.append(
@@ -154,14 +154,6 @@ second. The budget starts with no knowledge, and what it learns in the first tur
 
 {facts}
 """
-
-
-def _drafting(turn: Turn) -> float:
-    return turn.drafting
-
-
-def _plain(turn: Turn) -> float:
-    return turn.plain
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

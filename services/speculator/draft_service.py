@@ -17,7 +17,7 @@ from speculation.tree import TokenTree
 
 
 class DraftService:
-    """Answers one message after the other with all draft sources. Only the worker thread calls it.
+    """Answers one message after the other with all draft sources; one thread calls it.
 
     lookups: sources whose trees do not depend on the noise that sampled children are drawn with.
     vocab_size: of the models, None when there is none.

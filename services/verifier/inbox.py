@@ -13,6 +13,8 @@ from services.verifier.request import EngineStopped, GenerationRequest, QueueFul
 
 @dataclass(frozen=True)
 class Arrival:
+    """A request that was queued, and what takes its outputs. id: for `cancel`."""
+
     id: int
     request: GenerationRequest
     sink: Sink

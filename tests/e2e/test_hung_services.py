@@ -6,12 +6,11 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.e2e.test_whole_stack import PROMPT, Stack
+from tests.e2e.test_whole_stack import PROMPT, Stack, children_of
 from tests.services.launcher.conftest import alive
 
 
@@ -19,18 +18,8 @@ from tests.services.launcher.conftest import alive
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The verifier is a group of two ranks."""
     flags = ("--threads", "1", "--tensor-parallel", "2")
-    started = Stack(tmp_path_factory.mktemp("stack"), *flags, program=("tests.e2e.impatient_up",))
-    try:
-        started.wait_ready()
-        yield started
-    finally:
-        started.process.terminate()
-        started.process.wait(60)
-
-
-def ranks_of(verifier: int) -> list[int]:
-    """The processes that rank 0 has started."""
-    return [int(pid) for pid in Path(f"/proc/{verifier}/task/{verifier}/children").read_text().split()]
+    with Stack(tmp_path_factory.mktemp("stack"), *flags, program=("tests.e2e.impatient_up",)).running() as running:
+        yield running
 
 
 @pytest.mark.parametrize("name", ["redis", "speculator", "verifier", "gateway"])
@@ -38,7 +27,7 @@ def test_a_hung_service_is_restarted_and_answers_again(name: str, stack: Stack) 
     whole = stack.complete()
     before = stack.pids()
     module = name if name == "redis" else f"services.{name}"
-    group = [before[module], *ranks_of(before[module])]
+    group = [before[module], *children_of(before[module])]
     os.kill(before[module], signal.SIGSTOP)
     stack.wait(lambda: stack.pids().get(module, before[module]) != before[module])
     assert re.search(rf"{name} runs but did not answer for [\d.]+ s; it is killed", stack.log.read_text())

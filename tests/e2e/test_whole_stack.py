@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -35,6 +36,16 @@ class Stack:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    @contextmanager
+    def running(self) -> Iterator[Stack]:
+        """Ready inside the context, stopped behind it."""
+        try:
+            self.wait_ready()
+            yield self
+        finally:
+            self.process.terminate()
+            self.process.wait(60)
 
     def wait_ready(self) -> None:
         self.wait(lambda: "SpecServe is ready" in self.log.read_text(), START_TIMEOUT_S)
@@ -69,15 +80,15 @@ class Stack:
         return self.process.wait(60)
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a service has started, as rank 0 of a verifier the other ranks."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    started = Stack(tmp_path_factory.mktemp("stack"), "--threads", "1")
-    try:
-        started.wait_ready()
-        yield started
-    finally:
-        started.process.terminate()
-        started.process.wait(60)
+    with Stack(tmp_path_factory.mktemp("stack"), "--threads", "1").running() as running:
+        yield running
 
 
 def test_streamed_and_whole_completions_agree(stack: Stack) -> None:
@@ -139,11 +150,9 @@ def test_a_service_killed_in_the_middle_changes_no_text(service: str, stack: Sta
 
 def test_a_rank_killed_in_the_middle_changes_no_text(tmp_path: Path) -> None:
     flags = ("--tensor-parallel", "2", "--pipeline-parallel", "2")
-    stack = Stack(tmp_path, "--threads", "1", *flags)
-    try:
-        stack.wait_ready()
+    with Stack(tmp_path, "--threads", "1", *flags).running() as stack:
         verifier = stack.pids()["services.verifier"]
-        ranks = [int(pid) for pid in Path(f"/proc/{verifier}/task/{verifier}/children").read_text().split()]
+        ranks = children_of(verifier)
         assert len(ranks) == 3, "rank 0 has started the others"
         whole = stack.complete(150)
         stream = stack.client.completions.create(
@@ -155,9 +164,6 @@ def test_a_rank_killed_in_the_middle_changes_no_text(tmp_path: Path) -> None:
         assert "".join(pieces) == whole
         assert stack.pids()["services.verifier"] != verifier, "the group is another one"
         assert "group failed" in stack.log.read_text() or "rank 3 of 4" in stack.log.read_text()
-    finally:
-        stack.process.terminate()
-        stack.process.wait(60)
 
 
 def test_specserve_complete_streams_into_the_terminal(stack: Stack) -> None:
