@@ -30,10 +30,11 @@ class BuildError(RuntimeError):
 
 def compiler_flags(machine: str, target: str = NATIVE) -> list[str]:
     option = "-mcpu" if target == NATIVE and machine in ("aarch64", "arm64") else "-march"
+    family, *extensions = target.split("+")
     # No contraction: whether a compiler fuses a product and a sum depends on the code around them, and a tree node must
     # round like a plain token. The source says where to fuse.
     rest = ["-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
-    return ["-std=c++17", "-O3", f"{option}={target}", *rest]
+    return ["-std=c++17", "-O3", f"{option}={family}", *(f"-m{name}" for name in extensions), *rest]
 
 
 def library_path(target: str = NATIVE) -> Path:

@@ -16,7 +16,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 @dataclass(frozen=True)
 class Target:
-    """A family of CPUs: the compiler's name for it, and the features that code for it needs."""
+    """A family of CPUs: the compiler's name for it, `+` and its name of each extension, and the features of such code."""
 
     name: str
     features: frozenset[str]
@@ -27,7 +27,11 @@ class Target:
 
 
 _PORTABLE = {
-    "x86_64": (Target("x86-64-v4", _V4), Target("x86-64-v3", _V3)),
+    "x86_64": (
+        Target("x86-64-v4+avx512bf16", _V4 | {"avx512_bf16"}),
+        Target("x86-64-v4", _V4),
+        Target("x86-64-v3", _V3),
+    ),
     "aarch64": (Target("armv8-a", frozenset({"asimd"})),),
 }
 

@@ -35,20 +35,27 @@ class Operations:
 
 
 class ComposedLinear:
-    """x [rows, in] -> x weightᵀ + bias, [rows, out], in `dtype`."""
+    """x [rows, in] -> x weightᵀ + bias, [rows, out], in `dtype`.
+
+    bfloat16 weights multiply x rounded to bfloat16, also where the rest is float32: as the native layer does.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self._rounds = weight.dtype == torch.bfloat16 != dtype
         self._weight = weight.to(dtype)
         self._bias = None if bias is None else bias.to(dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(self._rounded(x), self._weight, self._bias)
 
     def add_to(self, target: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """target += x weightᵀ + bias: the residual costs no launch of its own and is rounded once, with the product."""
         if self._bias is not None:
             target.add_(self._bias)
-        return target.addmm_(x, self._weight.t())
+        return target.addmm_(self._rounded(x), self._weight.t())
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().to(x.dtype) if self._rounds else x
 
 
 class ComposedAttentionBlock:

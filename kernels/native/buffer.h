@@ -6,20 +6,23 @@
 
 namespace specserve {
 
-// Floats that keep their largest size; what they held is lost with every call.
-class Buffer {
+// Elements that keep their largest number; what they held is lost with every call.
+template <class Element>
+class BufferOf {
  public:
-  float* get(std::int64_t size) {
+  Element* get(std::int64_t size) {
     if (size > size_) {
-      data_.reset(new float[static_cast<std::size_t>(size)]);
+      data_.reset(new Element[static_cast<std::size_t>(size)]);
       size_ = size;
     }
     return data_.get();
   }
 
  private:
-  std::unique_ptr<float[]> data_;
+  std::unique_ptr<Element[]> data_;
   std::int64_t size_ = 0;
 };
+
+using Buffer = BufferOf<float>;
 
 }  // namespace specserve

@@ -11,26 +11,36 @@ namespace specserve {
 namespace {
 
 constexpr int kVecs = kBlock / kLanes;
-// Rows and blocks of the largest tile, whose sums fill the registers beside the weights and a row's value. Two blocks use
-// a value that was spread to all lanes twice, and their chains hide each other's latency; with few registers there is
-// room for few rows of them only.
-constexpr int kTileRows = 6;
-constexpr int kTileBlocks = kAccumulators / (kTileRows * kVecs);
-constexpr int kTwoBlockRows = kTileBlocks == 2 ? kTileRows : kTileRows / 2;
+// Rows of the largest tiles of one block and of two, whose sums fill the registers beside the weights and a row's value.
+// Two blocks use a value that was spread to all lanes twice, and their chains hide each other's latency; where there are
+// more rows than fit, it is worth more to read a block less often.
+constexpr int kTileRows = kAccumulators / kVecs;
+constexpr int kTwoBlockRows = kTileRows / 2;
 // Inputs between two visits of the sums to memory, where several tiles share a block: so much of it stays in the L2
 // cache while all rows pass over it. A multiple of every number of inputs in a word.
 constexpr std::int64_t kDepth = 512;
-// Bytes of a block that are fetched into the L2 cache ahead of their use, and those of a cache line.
-constexpr std::int64_t kPrefetch = 4096;
+// Words of a block that are fetched into the L2 cache ahead of their use, and the bytes of a cache line.
+constexpr std::int64_t kPrefetch = 1024;
 constexpr std::int64_t kCacheLine = 64;
-// Inputs, of all rows, up to which each thread makes their norm for itself: cheaper than to wait for another's.
-constexpr std::int64_t kOwnNorm = 8192;
+// Inputs, of all rows, up to which each thread prepares them for itself: cheaper than to wait for another's.
+constexpr std::int64_t kOwnRows = 8192;
 // Rows that one item of work takes together, and the least multiply-adds that are worth an item.
 constexpr std::int64_t kItemRows = 96;
 constexpr std::int64_t kItemWork = 16384;
 
 constexpr int inputs_in_word(Storage storage) {
   return storage == Storage::kFloat32 ? 1 : storage == Storage::kInt8 ? 4 : 2;
+}
+
+// Whether inputs are multiplied in pairs, a word of weights at a time, instead of one by one.
+constexpr bool in_pairs(Storage storage) { return kPairsOfBFloat16 && storage == Storage::kBFloat16; }
+
+// A row as tiles take it: its inputs, or pairs of them, of which the last is filled up with zero.
+template <Storage kStorage>
+using Element = std::conditional_t<in_pairs(kStorage), std::uint32_t, float>;
+
+constexpr std::int64_t elements_for(Storage storage, std::int64_t inputs) {
+  return in_pairs(storage) ? (inputs + 1) / 2 : inputs;
 }
 
 std::int64_t words_for(Storage storage, std::int64_t inputs) {
@@ -43,11 +53,16 @@ std::int64_t blocks_for(bool gated, std::int64_t outputs) {
   return (wanted + covered - 1) / covered;
 }
 
+inline UintVec load_words(const std::uint32_t* source) {
+  UintVec words;
+  std::memcpy(&words, source, sizeof words);
+  return words;
+}
+
 // The weight of input `index` of each word.
 template <Storage kStorage>
 inline Vec unpack(const std::uint32_t* source, int index) {
-  UintVec words;
-  std::memcpy(&words, source, sizeof words);
+  UintVec words = load_words(source);
   if constexpr (kStorage == Storage::kInt8) {
     IntVec bytes;
     words <<= 24 - 8 * index;
@@ -64,53 +79,79 @@ inline Vec unpack(const std::uint32_t* source, int index) {
 }
 
 // Operands of a tile: x at its first row and input, packed at its first block and input.
+template <Storage kStorage>
 struct Tile {
-  const float* x;
+  const Element<kStorage>* x;
   std::int64_t row_stride;
   const std::uint32_t* packed;
   std::int64_t block_stride;
-  std::int64_t depth;
+  std::int64_t depth;  // inputs
+  // Memory is fetched for what follows, so many words ahead, evenly over all tiles that share a block: by each in every
+  // `tiles`-th of its words, the first after `turn`.
+  std::int64_t ahead;
+  std::int64_t tiles, turn;
 };
 
-// sums[r][v] = fma(w[v][k], x[r][k], sums[r][v]) for the first `used` inputs of a word.
-template <Storage kStorage, int Rows, int Blocks>
-inline void multiply_word(const Tile& t, const float* x, const std::uint32_t* packed, int used,
-                          Vec (&sums)[Rows][Blocks * kVecs]) {
+template <Storage kStorage, int Blocks>
+inline void prefetch(const Tile<kStorage>& t, const std::uint32_t* packed) {
   for (int b = 0; b < Blocks; ++b)
     for (std::int64_t byte = 0; byte < kBlock * 4; byte += kCacheLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(packed + b * t.block_stride) + kPrefetch + byte, 0, 2);
-  for (int index = 0; index < used; ++index) {
-    Vec weights[Blocks * kVecs];
-    for (int v = 0; v < Blocks * kVecs; ++v)
-      weights[v] = unpack<kStorage>(packed + v / kVecs * t.block_stride + v % kVecs * kLanes, index);
+      __builtin_prefetch(reinterpret_cast<const char*>(packed + t.ahead + b * t.block_stride) + byte, 0, 2);
+}
+
+// sums[r][v] = fma(w[v][k], x[r][k], sums[r][v]) for the first `used` inputs of a word, the second of two bf16 first.
+template <Storage kStorage, int Rows, int Blocks>
+inline void multiply_word(const Tile<kStorage>& t, const Element<kStorage>* x, const std::uint32_t* packed, int used,
+                          Vec (&sums)[Rows][Blocks * kVecs]) {
+  const auto place = [&](int v) { return packed + v / kVecs * t.block_stride + v % kVecs * kLanes; };
+  if constexpr (in_pairs(kStorage)) {
+    UintVec weights[Blocks * kVecs];
+    for (int v = 0; v < Blocks * kVecs; ++v) weights[v] = load_words(place(v));
     for (int r = 0; r < Rows; ++r) {
-      const Vec value = broadcast(x[r * t.row_stride + index]);
-      for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = fma(weights[v], value, sums[r][v]);
+      const UintVec pair = broadcast(x[r * t.row_stride]);
+      for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = fma_pairs(weights[v], pair, sums[r][v]);
+    }
+  } else {
+    for (int done = 0; done < used; ++done) {
+      const int index = kStorage == Storage::kBFloat16 ? used - 1 - done : done;
+      Vec weights[Blocks * kVecs];
+      for (int v = 0; v < Blocks * kVecs; ++v) weights[v] = unpack<kStorage>(place(v), index);
+      for (int r = 0; r < Rows; ++r) {
+        const Vec value = broadcast(x[r * t.row_stride + index]);
+        for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = fma(weights[v], value, sums[r][v]);
+      }
     }
   }
 }
 
 // Continues the chains in totals [Rows][Blocks][kBlock] over the tile's inputs, or starts them when `fresh`.
 template <Storage kStorage, int Rows, int Blocks>
-void run_tile(const Tile& t, bool fresh, float* totals) {
+void run_tile(const Tile<kStorage>& t, bool fresh, float* totals) {
   constexpr int kInputs = inputs_in_word(kStorage);
   const auto place = [&](int r, int v) { return totals + r * Blocks * kBlock + v * kLanes; };
-  Vec sums[Rows][Blocks * kVecs] = {};
-  if (!fresh)
-    for (int r = 0; r < Rows; ++r)
-      for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = load(place(r, v));
-  const float* x = t.x;
+  Vec sums[Rows][Blocks * kVecs];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < Blocks * kVecs; ++v) sums[r][v] = fresh ? Vec{} : load(place(r, v));
+  const std::int64_t words = in_pairs(kStorage) ? elements_for(kStorage, t.depth) : t.depth / kInputs;
+  const Element<kStorage>* x = t.x;
   const std::uint32_t* packed = t.packed;
-  for (std::int64_t word = 0; word < t.depth / kInputs; ++word, x += kInputs, packed += kBlock)
+  std::int64_t wait = t.turn;
+  for (std::int64_t word = 0; word < words; ++word, x += elements_for(kStorage, kInputs), packed += kBlock) {
+    if (wait-- == 0) {
+      prefetch<kStorage, Blocks>(t, packed);
+      wait = t.tiles - 1;
+    }
     multiply_word<kStorage, Rows, Blocks>(t, x, packed, kInputs, sums);
-  if (t.depth % kInputs) multiply_word<kStorage, Rows, Blocks>(t, x, packed, t.depth % kInputs, sums);
+  }
+  if (!in_pairs(kStorage) && t.depth % kInputs)
+    multiply_word<kStorage, Rows, Blocks>(t, x, packed, t.depth % kInputs, sums);
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Blocks * kVecs; ++v) store(sums[r][v], place(r, v));
 }
 
 // run_tile for a number of rows that is known only now.
 template <Storage kStorage, int Blocks, int Rows>
-void run_tile_of(int rows, const Tile& t, bool fresh, float* totals) {
+void run_tile_of(int rows, const Tile<kStorage>& t, bool fresh, float* totals) {
   if constexpr (Rows > 0) {
     if (rows == Rows) return run_tile<kStorage, Rows, Blocks>(t, fresh, totals);
     run_tile_of<kStorage, Blocks, Rows - 1>(rows, t, fresh, totals);
@@ -122,25 +163,95 @@ struct Product {
   const LinearWeights& weights;
   std::int64_t words, blocks;
 
-  Tile tile(const float* x, std::int64_t row, std::int64_t block, std::int64_t k, std::int64_t depth) const {
-    const std::int64_t word = k / inputs_in_word(weights.storage);
-    return {x + row * weights.inputs + k, weights.inputs, weights.packed + (block * words + word) * kBlock,
-            words * kBlock, depth};
+  // Tile `turn` of `tiles` over inputs k..k+depth of so many blocks.
+  template <Storage kStorage>
+  Tile<kStorage> tile(const Element<kStorage>* x, std::int64_t row, std::int64_t block, std::int64_t blocks_together,
+                      std::int64_t k, std::int64_t depth, std::int64_t tiles, std::int64_t turn) const {
+    const std::int64_t stride = elements_for(kStorage, weights.inputs), block_stride = words * kBlock;
+    const std::int64_t begin = k / inputs_in_word(kStorage) * kBlock;
+    // one tile reads on and on; several come back to a part of a block that should be there before they begin
+    const bool last = k + depth == weights.inputs;
+    const std::int64_t next = last ? blocks_together * block_stride - begin : depth / inputs_in_word(kStorage) * kBlock;
+    return {x + row * stride + elements_for(kStorage, k), stride, weights.packed + block * block_stride + begin,
+            block_stride, depth, tiles == 1 ? kPrefetch : next, tiles, turn};
   }
 };
 
-// The rows with their norm, in memory of the calling thread.
-const float* normed_rows(const LinearInput& input, std::int64_t size) {
-  thread_local Buffer own;
-  float* normed = own.get(input.rows * size);
-  for (std::int64_t row = 0; row < input.rows; ++row)
-    norm_row(input.x + row * size, input.norm, input.norm_eps, size, normed + row * size);
-  return normed;
+void round_row(const float* x, std::int64_t size, float* rounded) {
+  for (std::int64_t i = 0; i < size; i += kLanes) {
+    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, size - i));
+    store_first(round_to_bfloat16(load_first(x + i, count)), rounded + i, count);
+  }
 }
+
+#if defined(__AVX512BF16__)
+void round_row(const float* x, std::int64_t size, std::uint32_t* pairs) {
+  for (std::int64_t i = 0; i < size; i += 2 * kLanes, pairs += kLanes) {
+    const int low = static_cast<int>(std::min<std::int64_t>(kLanes, size - i));
+    const int high = static_cast<int>(std::clamp<std::int64_t>(size - i - kLanes, 0, kLanes));
+    const UintVec rounded = round_to_pairs(load_first(x + i, low), load_first(x + i + low, high));
+    std::memcpy(pairs, &rounded, static_cast<std::size_t>(low + high + 1) / 2 * sizeof *pairs);
+  }
+}
+#endif
+
+// A row after its norm, if it has one, rounded if the weights are bf16, in the form that tiles take.
+template <Storage kStorage>
+void prepare_row(const LinearInput& input, std::int64_t row, std::int64_t size, Element<kStorage>* prepared) {
+  thread_local Buffer scratch;
+  const float* x = input.x + row * size;
+  if constexpr (kStorage == Storage::kBFloat16) {
+    if (input.norm) {
+      float* normed = scratch.get(size);
+      norm_row(x, input.norm, input.norm_eps, size, normed);
+      x = normed;
+    }
+    round_row(x, size, prepared);
+  } else {
+    norm_row(x, input.norm, input.norm_eps, size, prepared);
+  }
+}
+
+// The rows as tiles take them: as they are, or prepared by the calling thread in memory of its own, or, where they are
+// many, by all threads together. May be called by all of a pool's threads after `together`.
+template <Storage kStorage>
+class PreparedRows {
+ public:
+  PreparedRows(ThreadPool& pool, const LinearInput& input, std::int64_t size) : input_(input), size_(size) {
+    const std::int64_t stride = elements_for(kStorage, size);
+    if (!needed() || input.rows * size <= kOwnRows) return;
+    thread_local BufferOf<Element<kStorage>> shared;
+    Element<kStorage>* rows = shared.get(input.rows * stride);
+    const std::int64_t chunk = std::max<std::int64_t>(1, kOwnRows / size);
+    pool.parallel_for(static_cast<int>((input.rows + chunk - 1) / chunk), [&](int item) {
+      for (std::int64_t row = item * chunk; row < std::min(input.rows, (item + 1) * chunk); ++row)
+        prepare_row<kStorage>(input, row, size, rows + row * stride);
+    });
+    shared_ = rows;
+  }
+
+  const Element<kStorage>* get() const {
+    if (shared_) return shared_;
+    if constexpr (kStorage != Storage::kBFloat16)
+      if (!input_.norm) return input_.x;
+    const std::int64_t stride = elements_for(kStorage, size_);
+    thread_local BufferOf<Element<kStorage>> own;
+    Element<kStorage>* rows = own.get(input_.rows * stride);
+    for (std::int64_t row = 0; row < input_.rows; ++row) prepare_row<kStorage>(input_, row, size_, rows + row * stride);
+    return rows;
+  }
+
+ private:
+  bool needed() const { return kStorage == Storage::kBFloat16 || input_.norm; }
+
+  const LinearInput& input_;
+  const std::int64_t size_;
+  const Element<kStorage>* shared_ = nullptr;
+};
 
 // One block, or two, times rows first..first+rows; finish(row, block, sums [kBlock]) takes each result.
 template <Storage kStorage, class Finish>
-void multiply_blocks(const Product& p, const float* x, std::int64_t first, std::int64_t rows, std::int64_t block,
+void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t first, std::int64_t rows, std::int64_t block,
                      std::int64_t blocks, const Finish& finish) {
   alignas(64) float totals[2 * kItemRows * kBlock];
   const std::int64_t inputs = p.weights.inputs;
@@ -149,7 +260,7 @@ void multiply_blocks(const Product& p, const float* x, std::int64_t first, std::
   for (std::int64_t k = 0; k < inputs; k += step)
     for (std::int64_t t = 0; t < tiles; ++t) {
       const std::int64_t begin = rows * t / tiles, count = rows * (t + 1) / tiles - begin;
-      const Tile tile = p.tile(x, first + begin, block, k, std::min(step, inputs - k));
+      const Tile<kStorage> tile = p.tile<kStorage>(x, first + begin, block, blocks, k, std::min(step, inputs - k), tiles, t);
       float* sums = totals + begin * blocks * kBlock;
       if (blocks == 2)
         run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(count), tile, k == 0, sums);
@@ -170,7 +281,7 @@ struct Cut {
     const std::int64_t rows = p.input.rows;
     row_items = (rows + kItemRows - 1) / kItemRows;
     const bool enough = row_items * p.blocks >= 2 * threads;
-    together = enough && (kTileBlocks == 2 || rows <= kTwoBlockRows) ? 2 : 1;
+    together = enough && rows <= kTwoBlockRows ? 2 : 1;
     const std::int64_t unit = std::lcm(together, multiple);
     const std::int64_t unit_work = std::min(rows, kItemRows) * p.weights.inputs * kBlock * unit;
     item_blocks = unit * std::max<std::int64_t>(1, kItemWork / unit_work);
@@ -183,8 +294,9 @@ struct Cut {
 template <Storage kStorage, class Finish, class Next>
 void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Finish& finish, const Next& next) {
   const Cut cut(p, multiple, pool.threads());
-  const auto prepare = [&](int) { return p.input.norm ? normed_rows(p.input, p.weights.inputs) : p.input.x; };
-  pool.parallel_for(static_cast<int>(cut.row_items * cut.block_items), prepare, [&](const float* x, int item) {
+  const PreparedRows<kStorage> rows(pool, p.input, p.weights.inputs);
+  const auto prepare = [&](int) { return rows.get(); };
+  pool.parallel_for(static_cast<int>(cut.row_items * cut.block_items), prepare, [&](const auto* x, int item) {
     const std::int64_t part = item / cut.block_items, first = part * p.input.rows / cut.row_items;
     const std::int64_t end = (part + 1) * p.input.rows / cut.row_items;
     const std::int64_t block = item % cut.block_items * cut.item_blocks;
@@ -196,15 +308,9 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
 }
 
 template <class Finish, class Next>
-void multiply(ThreadPool& pool, LinearInput input, const LinearWeights& weights, bool gated, std::int64_t multiple,
+void multiply(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, bool gated, std::int64_t multiple,
               const Finish& finish, const Next& next) {
   if (input.rows == 0) return;
-  if (input.norm && input.rows * weights.inputs > kOwnNorm) {
-    thread_local Buffer normed;
-    float* rows = normed.get(input.rows * weights.inputs);
-    rms_norm(pool, input.x, input.norm, input.norm_eps, input.rows, weights.inputs, rows);
-    input = {rows, input.rows};
-  }
   const Product p{input, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
   switch (weights.storage) {
     case Storage::kFloat32:

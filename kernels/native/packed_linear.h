@@ -53,8 +53,10 @@ struct OutputUse {
 
 // out [rows, outputs] = (x [rows, inputs] weightᵀ) scales + bias + residual (each of the three may be null).
 //
-// Output (r, o) is the chain fma(x[r][k], w[o][k], ·) over k = 0, 1, ...: a row's bits do not depend on the other rows,
-// on the number of threads, on which thread computes it, or on the storage of a weight that both can represent.
+// Output (r, o) is the chain fma(x[r][k], w[o][k], ·) over k = 0, 1, 2, ...; with bf16 weights x is first rounded to bf16,
+// and the order is k = 1, 0, 3, 2, ..., that of the instructions which multiply such numbers. A row's bits do not depend
+// on the other rows, on the number of threads, on which thread computes it, on whether the machine has those
+// instructions, or, bf16 aside, on the storage of a weight that both can represent.
 void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, const float* residual,
                    float* out, const OutputUse& next = {});
 

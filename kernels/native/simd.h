@@ -75,6 +75,42 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 
 inline Vec broadcast(float value) { return value - Vec{}; }
 
+inline UintVec broadcast(std::uint32_t value) { return value - UintVec{}; }
+
+// Each lane rounded to a bf16 number, to nearest, ties to even; a subnormal one becomes zero, NaN stays NaN.
+inline Vec round_to_bfloat16(Vec value) {
+  UintVec bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const UintVec magnitude = bits & 0x7fffffffu, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  bits = magnitude > 0x7f800000u ? UintVec{} + 0x7fc00000u : magnitude < 0x00800000u ? bits & 0x80000000u : rounded;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Whether the machine multiplies two bf16 numbers in each lane as fast as one float.
+#if defined(__AVX512BF16__)
+constexpr bool kPairsOfBFloat16 = true;
+
+// fma(a[0], b[0], fma(a[1], b[1], c)), where a lane of a and b is a pair of bf16 numbers, the first in its low half.
+inline Vec fma_pairs(UintVec a, UintVec b, Vec c) {
+  __m512bh first, second;
+  std::memcpy(&first, &a, sizeof first);
+  std::memcpy(&second, &b, sizeof second);
+  return _mm512_dpbf16_ps(c, first, second);
+}
+
+// The lanes of `low` and then of `high`, rounded as by round_to_bfloat16, in pairs.
+inline UintVec round_to_pairs(Vec low, Vec high) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+  UintVec pairs;
+  std::memcpy(&pairs, &rounded, sizeof pairs);
+  return pairs;
+}
+#else
+constexpr bool kPairsOfBFloat16 = false;
+inline Vec fma_pairs(UintVec, UintVec, Vec) = delete;
+#endif
+
 inline Vec load(const float* source) {
   Vec result;
   std::memcpy(&result, source, sizeof result);

@@ -123,8 +123,8 @@ def test_attention_block_equals_torch(layer: Layer, residual: bool, kv_dtype: to
         expected = reference.pack_attention(weights)(hidden.clone(), caches[1], batch, residual=residual)
         kept = hidden.clone()
         actual = native.pack_attention(weights)(hidden, caches[0], batch, residual=residual)
-        # one element of the cache rounded the other way to bfloat16 moves an output by a few thousandths
-        tolerance = 1e-4 if kv_dtype == torch.float32 else 2e-2
+        # one element of a row or of the cache rounded the other way to bfloat16 moves an output by a few thousandths
+        tolerance = 2e-2 if torch.bfloat16 in (kv_dtype, layer.dtype) else 1e-4
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-4)
         torch.testing.assert_close(caches[0], caches[1], atol=1e-4, rtol=1e-2, equal_nan=True)
         assert torch.equal(hidden, kept)
@@ -137,7 +137,8 @@ def test_mlp_block_equals_torch(layer: Layer, residual: bool) -> None:
     hidden = 3 * torch.randn(11, layer.hidden)
     actual = choose_backend(CPU, "native").pack_mlp(weights)(hidden, residual=residual)
     expected = choose_backend(CPU, "torch").pack_mlp(weights)(hidden, residual=residual)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    tolerance = 2e-2 if layer.dtype == torch.bfloat16 else 1e-4  # see above
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)

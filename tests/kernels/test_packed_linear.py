@@ -14,6 +14,11 @@ SIZES = [(1, 1), (7, 3), (64, 16), (65, 100), (129, 17), (2051, 33), (512, 272)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def multiplied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What weights of that type multiply, in float64."""
+    return (x.bfloat16() if dtype is torch.bfloat16 else x).double()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 @pytest.mark.parametrize("bias", [False, True])
@@ -22,7 +27,8 @@ def test_equals_torch(inputs: int, outputs: int, bias: bool, dtype: torch.dtype)
     weight = torch.randn(outputs, inputs).to(dtype)
     offset = torch.randn(outputs) if bias else None
     x = torch.randn(19, inputs)
-    expected = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    bias64 = None if offset is None else offset.double()
+    expected = torch.nn.functional.linear(multiplied(x, dtype), weight.double(), bias64)
     torch.testing.assert_close(NativeLinear(weight, offset)(x).double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -80,14 +86,34 @@ def test_the_number_of_threads_does_not_matter() -> None:
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_two_bytes_in_memory_change_no_bit(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+def test_float16_in_memory_changes_no_bit(inputs: int, outputs: int) -> None:
     torch.manual_seed(3)
-    weight = torch.randn(outputs, inputs).to(dtype)
-    weight.view(-1)[::5] *= 2.0**-20  # subnormal in float16
+    weight = torch.randn(outputs, inputs).half()
+    weight.view(-1)[::5] *= 2.0**-20  # subnormal
     x = torch.randn(9, inputs)
     assert torch.equal(NativeLinear(weight)(x), NativeLinear(weight.float())(x))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_bfloat16_is_summed_up_in_the_order_of_its_instructions(inputs: int, outputs: int) -> None:
+    torch.manual_seed(3)
+    weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(9, inputs)
+    order = [k for first in range(0, inputs, 2) for k in (first + 1, first) if k < inputs]
+    sums = torch.zeros(9, outputs)
+    for k in order:  # a product of two bfloat16 numbers is exact in float32: there is one rounding, as in an fma
+        sums += x.bfloat16().float()[:, k, None] * weight.float()[None, :, k]
+    assert torch.equal(NativeLinear(weight)(x), sums)
+
+
+def test_bfloat16_rounds_what_it_multiplies_to_nearest_even() -> None:
+    bits = torch.arange(0x3F7F0000, 0x3F830000, 0x111, dtype=torch.int32)  # ties among them, and a carry into the exponent
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x7F7F8000, 0x7F800000], dtype=torch.int32)
+    x = torch.cat([bits, ties]).view(torch.float32)
+    x = torch.cat([x, -x])
+    assert torch.equal(NativeLinear(torch.ones(1, 1).bfloat16())(x[:, None])[:, 0], x.bfloat16().float())
+    assert NativeLinear(torch.ones(1, 1).bfloat16())(torch.full((1, 1), torch.nan)).isnan().all()
+    assert NativeLinear(torch.ones(1, 1).bfloat16())(torch.full((1, 1), 1e-39)).item() == 0  # subnormal
 
 
 def test_every_float16_widens_exactly() -> None:

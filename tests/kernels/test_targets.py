@@ -1,4 +1,6 @@
-"""The native kernels built for lesser CPUs than this one: the same tests, in a process whose library is that build."""
+"""The native kernels built for lesser CPUs than this one: the same tests, in a process whose library is that build, and
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +8,57 @@ import os
 import platform
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels.packed_linear.native import NativeLinear
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("test_packed_linear.py", "test_tree_attention.py", "test_decoder_blocks.py")
 PROGRAM = """
 import pathlib, sys
-import pytest
 from kernels import build
 
-tests = sys.argv[3:]
+program = sys.argv[3]
 flags = build.compiler_flags
 build.BUILD = pathlib.Path(sys.argv[1])
 build.compiler_flags = lambda machine, target=None: flags(machine, sys.argv[2])
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *tests]))
+exec(program)
+"""
+RUN_TESTS = f"""
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *{TESTS}]))
+"""
+SHOW_BITS = """
+from tests.kernels.test_targets import bits_of_linear_layers
+build.build()
+print(bits_of_linear_layers())
 """
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for lesser x86-64 CPUs")
-@pytest.mark.parametrize("target", ["x86-64-v3", pytest.param("x86-64", marks=pytest.mark.slow)])
-def test_lesser_targets(target: str, tmp_path: Path) -> None:
+
+
+def bits_of_linear_layers() -> str:
+    """Digests, by storage, of what the loaded library computes."""
+    torch.manual_seed(0)
+    digests = {}
+    for storage in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        digest = sha256()
+        for inputs, outputs in ((7, 3), (129, 17), (2051, 33), (512, 272)):
+            int8 = storage is torch.int8
+            linear = NativeLinear(torch.randn(outputs, inputs).to(torch.float32 if int8 else storage), int8=int8)
+            digest.update(linear(torch.randn(19, inputs)).numpy().tobytes())
+        digests[str(storage)] = digest.hexdigest()
+    return str(digests)
+
+
+def run_with_build(target: str, program: str, folder: Path) -> str:
+    """What the program prints, with the library of that target."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), target, *TESTS],
+        [sys.executable, "-c", PROGRAM, str(folder), target, program],
         cwd=ROOT / "tests" / "kernels",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -38,4 +67,19 @@ def test_lesser_targets(target: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert len(list(tmp_path.glob("specserve-*.so"))) == 1
+    assert len(list(folder.glob("specserve-*.so"))) == 1
+    return done.stdout
+
+
+needs_x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for lesser x86-64 CPUs")
+
+
+@needs_x86_64
+@pytest.mark.parametrize("target", ["x86-64-v3", pytest.param("x86-64", marks=pytest.mark.slow)])
+def test_lesser_targets(target: str, tmp_path: Path) -> None:
+    run_with_build(target, RUN_TESTS, tmp_path)
+
+
+@needs_x86_64
+def test_bits_are_the_same_on_lesser_cpus(tmp_path: Path) -> None:
+    assert run_with_build("x86-64-v3", SHOW_BITS, tmp_path).strip() == bits_of_linear_layers()

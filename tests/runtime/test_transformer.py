@@ -114,8 +114,9 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
         first += count
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_compute_like_their_widened_selves(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.2), (torch.float16, 0.0)])
+def test_narrow_weights_compute_like_their_widened_selves(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    """float16 to the bit; bfloat16 rounds what it multiplies."""
     folder = write_model(tmp_path / "narrow", "llama-gqa")
     transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     tokens = prompt(20)
@@ -123,7 +124,8 @@ def test_narrow_weights_compute_like_their_widened_selves(tmp_path: Path, dtype:
     assert model.weight_dtype == dtype
     widened = Transformer.load(folder, LoadOptions(device="cpu", dtype="float32", kernels="native"))
     other = KVCache(widened.config, 8, widened.device, widened.activation_dtype)
-    assert torch.equal(run_chain(model, cache, tokens, 20), run_chain(widened, other, tokens, 20))
+    expected = run_chain(widened, other, tokens, 20)
+    torch.testing.assert_close(run_chain(model, cache, tokens, 20), expected, rtol=0, atol=tolerance)
 
 
 def test_int8_moves_logits_a_little(folder: Path) -> None:

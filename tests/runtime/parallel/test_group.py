@@ -106,7 +106,9 @@ def test_a_group_computes_what_one_process_does(case: Any, ranks: Any, whole: An
         if part == "greedy":
             assert torch.equal(played[part], logits)
         else:
-            torch.testing.assert_close(played[part], logits, rtol=2e-4, atol=2e-4)
+            # a sum that differs in its last bit may be rounded the other way to bfloat16
+            tolerance = 5e-2 if case[3] == "bfloat16" else 2e-4
+            torch.testing.assert_close(played[part], logits, rtol=2e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == "native"], ids=str)
