@@ -16,7 +16,10 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 @dataclass(frozen=True)
 class Target:
-    """A family of CPUs: the compiler's name for it, `+` and its name of each extension, and the features of such code."""
+    """A family of CPUs.
+
+    name: the compiler's, and `+` and its name of each extension. features: what code for it needs.
+    """
 
     name: str
     features: frozenset[str]

@@ -34,8 +34,8 @@ class LoadOptions:
     device: "auto" (CUDA when there is one), "cpu", "cuda", "cuda:1", ...
     dtype: "auto" (as stored), "float32", "bfloat16", "float16" or "int8": the type of the weights in memory. On CPU
         sums are fp32 whatever the storage; bf16 weights multiply inputs rounded to bf16, the others fp32 inputs, so
-        that fp16 weights give the bits that the same weights widened to fp32 give. "int8" quantizes the matrices while loading (a scale for each output; norms, biases and the
-        embedding stay as stored), which makes another model of it.
+        that fp16 weights give the bits that the same weights widened to fp32 give. "int8" quantizes the matrices while
+        loading (a scale for each output; norms, biases and the embedding stay as stored), which makes another model.
     kernels: "auto", "native", "triton" or "torch".
     """
 

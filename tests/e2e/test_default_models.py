@@ -1,5 +1,5 @@
-"""The embedded models through verifier and speculators: the text of plain decoding, in fewer steps; that of Hugging Face
-`generate` where both multiply in fp32.
+"""The embedded models through verifier and speculators: the text of plain decoding, in fewer steps; that of Hugging
+Face `generate` where both multiply in fp32.
 """
 
 from __future__ import annotations

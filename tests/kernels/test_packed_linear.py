@@ -107,7 +107,9 @@ def test_bfloat16_is_summed_up_in_the_order_of_its_instructions(inputs: int, out
 
 
 def test_bfloat16_rounds_what_it_multiplies_to_nearest_even() -> None:
-    bits = torch.arange(0x3F7F0000, 0x3F830000, 0x111, dtype=torch.int32)  # ties among them, and a carry into the exponent
+    bits = torch.arange(
+        0x3F7F0000, 0x3F830000, 0x111, dtype=torch.int32
+    )  # ties among them, and a carry into the exponent
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x7F7F8000, 0x7F800000], dtype=torch.int32)
     x = torch.cat([bits, ties]).view(torch.float32)
     x = torch.cat([x, -x])

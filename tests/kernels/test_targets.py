@@ -39,8 +39,6 @@ print(bits_of_linear_layers())
 """
 
 
-
-
 def bits_of_linear_layers() -> str:
     """Digests, by storage, of what the loaded library computes."""
     torch.manual_seed(0)
