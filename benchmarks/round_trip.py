@@ -4,8 +4,8 @@
 
 The whole stack as processes on one machine, every step drafting. The verifier's clock says how long its orders for
 drafts were out, the speculator's, in each answer, how long it worked on it; the rest is the round trip: serialisation,
-gRPC, the sockets, thread changes. Meanwhile the verifier hands out the tokens of the step before, which it has to do
-anyway: what is left of the round trip is added to the step.
+gRPC, the sockets, thread changes. Meanwhile the verifier settles the step before (hands its tokens out, counts,
+learns), which it has to do anyway: what is left of the round trip is added to the step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESULTS = Path(__file__).with_name("results")
 PROMPTS = Path(__file__).with_name("prompts") / "mixed.jsonl"
 STREAMS = (1, 8, 32)
 ANSWER, ROUND_TRIP = "specserve_verifier_answer_seconds", "specserve_verifier_round_trip_seconds"
-HANDED_OUT = "specserve_verifier_hand_out_seconds"
+SETTLED = "specserve_verifier_settle_seconds"
 # A single stream takes few steps for a request.
 LEAST_REQUESTS = 24
 
@@ -51,14 +51,14 @@ Samples = dict[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """Milliseconds: means of an order until its answer and of handing tokens out, median and mean of the round trip."""
+    """Milliseconds: means of an order until its answer and of settling a step, median and mean of the round trip."""
 
     streams: int
     orders: int
     answer_ms: float
     median_ms: float
     mean_ms: float
-    handed_out_ms: float
+    settled_ms: float
 
     @property
     def worked_ms(self) -> float:
@@ -66,7 +66,7 @@ class RoundTrips:
 
     @property
     def added_ms(self) -> float:
-        return self.median_ms - self.handed_out_ms
+        return self.median_ms - self.settled_ms
 
 
 def _samples(port: int) -> Samples:
@@ -107,9 +107,7 @@ def _between(streams: int, before: Samples, after: Samples) -> RoundTrips:
 
     buckets = sorted((float(le), count) for (name, le), count in came.items() if name == f"{ROUND_TRIP}_bucket")
     orders = int(came[f"{ANSWER}_count", ""])
-    return RoundTrips(
-        streams, orders, mean_ms(ANSWER), 1000 * _median(buckets), mean_ms(ROUND_TRIP), mean_ms(HANDED_OUT)
-    )
+    return RoundTrips(streams, orders, mean_ms(ANSWER), 1000 * _median(buckets), mean_ms(ROUND_TRIP), mean_ms(SETTLED))
 
 
 def _median(buckets: Sequence[tuple[float, float]]) -> float:
@@ -131,7 +129,7 @@ def page(rows: Sequence[RoundTrips], command: str, machine: dict[str, str]) -> s
         "the speculator works, ms",
         "round trip, median ms",
         "mean ms",
-        "tokens handed out, ms",
+        "step before settled, ms",
         "added, ms",
     )
     cells = [
@@ -145,7 +143,7 @@ def page(rows: Sequence[RoundTrips], command: str, machine: dict[str, str]) -> s
                     row.worked_ms,
                     row.median_ms,
                     row.mean_ms,
-                    row.handed_out_ms,
+                    row.settled_ms,
                     row.added_ms,
                 )
             ),
@@ -158,8 +156,8 @@ def page(rows: Sequence[RoundTrips], command: str, machine: dict[str, str]) -> s
 
 `{command}`, {date}. The embedded models, drafting in every step, asked through the gateway; means over all
 orders where nothing else is said. The round trip is the time from an order to its answer less the speculator's work.
-While it lasts, the tokens of the step before are handed out, which takes its time without any drafts too: the rest of
-the median is what is added to a step.
+While it lasts, the verifier settles the step before (hands its tokens out, counts them, learns), which takes its time
+without any drafts too: the rest of the median is what is added to a step.
 
 {markdown_table(header, cells, text_columns=0)}
 

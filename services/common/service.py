@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 import logging
 import os
 import signal
@@ -61,6 +62,8 @@ async def _serve(settings: S, serve: Serve[S]) -> int:
         serving = stack.enter_context(_signals(lifecycle))
         metrics_port = _start_metrics(stack, lifecycle, settings)
         async with serve(settings, lifecycle):
+            gc.collect()
+            gc.freeze()  # what was loaded lives as long as the process: no request waits while it is looked through
             serving()
             log.info("serving", extra={"metrics_port": metrics_port} if metrics_port else None)
             await lifecycle.wait_stop()

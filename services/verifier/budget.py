@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from services.verifier.scheduler import SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
@@ -29,23 +30,27 @@ class Wish:
         return self.plan.sequence.id
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ask:
-    """What the speculators are asked for.
+    """What the speculators are asked for in a step; a budget may add what it remembers of the step.
 
     nodes: by sequence id. models: whether small models draft, or look-up alone. floor: probability of a path below
     which small models need not go on.
     """
 
-    nodes: Mapping[int, int] = field(default_factory=dict)
+    nodes: dict[int, int] = field(default_factory=dict)
     models: bool = True
     floor: float = 0.0
 
 
-class DraftBudget(ABC):
+A = TypeVar("A", bound=Ask)
+
+
+class DraftBudget(ABC, Generic[A]):
     """Decides before the speculators are asked and after they have answered; learns from what came of it.
 
-    Called in the order ask, merge, learn, once for each step. Only the engine's thread calls it.
+    Called in the order ask, merge, learn, once for each step; the next step may be asked for before this one teaches.
+    Only the engine's thread calls it.
     """
 
     defers_first_drafts = False
@@ -61,15 +66,20 @@ class DraftBudget(ABC):
         return ()
 
     @abstractmethod
-    def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> Ask:
+    def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> A:
         """What to draft. plans: of the whole step. wishes: of the sequences that may draft."""
 
     @abstractmethod
-    def merge(self, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None) -> dict[int, MergedDraft]:
-        """The drafts to verify, of the sequences that have one. trees: what came; None when nobody could be asked."""
+    def merge(
+        self, step: A, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None
+    ) -> dict[int, MergedDraft]:
+        """The drafts to verify, of the sequences that have one.
+
+        step: what `ask` returned. trees: what came; None when nobody could be asked.
+        """
 
     @abstractmethod
-    def learn(self, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
+    def learn(self, step: A, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
         """What came of the step: draft_seconds until its drafts were merged, step_seconds from there on."""
 
     @abstractmethod
@@ -77,17 +87,19 @@ class DraftBudget(ABC):
         """The sequence has ended."""
 
 
-class WholeDrafts(DraftBudget):
+class WholeDrafts(DraftBudget[Ask]):
     """Drafts what the bounds allow, whether it pays or not."""
 
     def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> Ask:
         return Ask({wish.id: wish.plan.draft_nodes for wish in wishes})
 
-    def merge(self, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None) -> dict[int, MergedDraft]:
+    def merge(
+        self, step: Ask, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None
+    ) -> dict[int, MergedDraft]:
         found = trees or {}
         return {wish.id: merge_trees(found[wish.id], wish.plan.draft_nodes) for wish in wishes if wish.id in found}
 
-    def learn(self, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
+    def learn(self, step: Ask, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
         pass
 
     def forget(self, sequence_id: int) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.verifier.budget import Ask, DraftBudget, Wish
 from services.verifier.scheduler import SequencePlan
@@ -78,6 +78,7 @@ class Asked:
 
     plans: Items[SequencePlan]
     wishes: Items[Wish]
+    ask: Ask
     sources: Items[DraftSource]
     step: int
     deadline: float
@@ -89,7 +90,7 @@ class DraftCollector:
     Between `ask` and `collect` the speculators draft, and the engine may do something else.
     """
 
-    def __init__(self, sources: Items[DraftSource], settings: DraftSettings, budget: DraftBudget) -> None:
+    def __init__(self, sources: Items[DraftSource], settings: DraftSettings, budget: DraftBudget[Any]) -> None:
         self.sources = sources
         self.settings = settings
         self.budget = budget
@@ -114,11 +115,11 @@ class DraftCollector:
             asked = [source for source in self.sources if source.send(self._step, orders)]
         else:
             self.flush()
-        return Asked(plans, wishes, asked, self._step, time.monotonic() + self.settings.timeout_s)
+        return Asked(plans, wishes, ask, asked, self._step, time.monotonic() + self.settings.timeout_s)
 
     def collect(self, asked: Asked) -> dict[int, MergedDraft]:
         """A draft for every sequence that decodes, by sequence id; one node where nobody drafted in time."""
-        drafts = self.budget.merge(asked.wishes, self._receive(asked) if asked.sources else None)
+        drafts = self.budget.merge(asked.ask, asked.wishes, self._receive(asked) if asked.sources else None)
         decoding = [plan.sequence for plan in asked.plans if plan.decodes]
         return {sequence.id: drafts.get(sequence.id) or _no_draft(sequence) for sequence in decoding}
 

@@ -1,6 +1,6 @@
 """The engine loop: one thread that owns the device and every sequence.
 
-A step reads: plan, ask for drafts, report the last step, collect drafts, forward, verify, commit. Requests come in and
+A step reads: plan, ask for drafts, settle the last step, collect drafts, forward, verify, commit. Requests come in and
 go out through thread-safe doors.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from runtime.parallel.liveness import GroupFailed
+from services.verifier.budget import Ask
 from services.verifier.drafts import DraftCollector
 from services.verifier.inbox import Arrival, Inbox
 from services.verifier.logprobs import gather_logprobs
@@ -60,7 +61,7 @@ class Engine:
         self._inbox = Inbox(max_waiting, lambda: len(scheduler.waiting))
         self._aborted = threading.Lock()  # once taken, it is never given back
         self._sequences: dict[int, RunningSequence] = {}
-        self._unreported: list[StepReport] = []
+        self._unsettled: list[tuple[Ask, StepReport]] = []
         self._step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -131,22 +132,21 @@ class Engine:
         asked = self.drafts.ask(plans)
         if asked.sources:
             time.sleep(_HEAD_START_S)
-        self._report()  # while the speculators draft
+        self._settle()  # while the speculators draft
         drafts = self.drafts.collect(asked)
         drafted = time.perf_counter()
         logits = self.runner.forward(plans, drafts)
         accepted = self._verify(plans, drafts, logits)
         outputs = self._commit(plans, drafts, logits, accepted)
         finished = time.perf_counter()
-        self.drafts.budget.learn(accepted, drafted - started, finished - drafted)
         self._step_seconds = finished - started
         report = StepReport(logits.rows, drafts, accepted, drafted - started, finished - drafted, outputs)
-        self._unreported.append(report)
+        self._unsettled.append((asked.ask, report))
 
     def _exchange(self) -> bool:
         """Take arrivals and cancellations in; sleep while there is nothing to do; False when it is time to stop."""
         if self.scheduler.idle:  # the next step may be long in coming
-            self._report()
+            self._settle()
             self.drafts.flush()
         mail = self._inbox.take(wait=self.scheduler.idle)
         for arrival in mail.arrivals:
@@ -204,15 +204,16 @@ class Engine:
             self._end(sequence, sequence.finish_reason.value)
         return StepOutput(kept, sequence.llm_steps, logprobs, prompt_logprobs, sequence.finish_reason)
 
-    def _report(self) -> None:
-        """Hand out what the last step gave, and count it."""
-        reports, self._unreported = self._unreported, []
-        for report in reports:
-            with self.metrics.hand_out_seconds.time():
+    def _settle(self) -> None:
+        """Hand out what the last step gave, count it, and learn from it."""
+        unsettled, self._unsettled = self._unsettled, []
+        for ask, report in unsettled:
+            with self.metrics.settle_seconds.time():
                 for sink, output in report.outputs:
                     sink(output)
                 self.metrics.count_step(report)
                 self._count_load()
+                self.drafts.budget.learn(ask, report.accepted, report.draft_seconds, report.step_seconds)
 
     def _count_load(self) -> None:
         metrics, scheduler = self.metrics, self.scheduler
@@ -228,7 +229,7 @@ class Engine:
         self.metrics.requests.labels(outcome).inc()
 
     def _fail_all(self, error: StepFailed | EngineStopped) -> None:
-        self._report()
+        self._settle()
         for arrival in self._inbox.take().arrivals:
             arrival.sink(error)
         for sequence in list(self._sequences.values()):

@@ -38,15 +38,14 @@ _REST_STEPS, _LONGEST_REST = 8, 64
 _ALL_TEACH, _TEACH_EVERY = 128, 8
 
 
-@dataclass
-class _Step:
-    """The step under way: what it was expected to cost, what was asked for it and what came."""
+@dataclass(kw_only=True)
+class _Step(Ask):
+    """A step's account: what was asked for it, what it was expected to cost and what came."""
 
     price: StepPrice
     rows: int
     alone: bool  # whether it has no prompt chunks
     option: Option | None = None
-    asked: dict[int, int] = field(default_factory=dict)
     fresh: float = 0.0  # tokens of the asked sequences that were new to the drafts
     sampled: bool = False  # whether a sequence has sampled children: what they bring must decide nothing for others
     whole: int | None = None  # the sequence whose tree is not pruned, to learn from it
@@ -62,10 +61,10 @@ class _Step:
     @property
     def features(self) -> tuple[float, ...]:
         """What the cost of drafting is reckoned from."""
-        return (1, len(self.asked), self.depth, self.fresh)
+        return (1, len(self.nodes), self.depth, self.fresh)
 
 
-class MeasuredBudget(DraftBudget):
+class MeasuredBudget(DraftBudget[_Step]):
     """Drafts and verifies what makes tokens come fastest, by measured times and measured acceptance."""
 
     defers_first_drafts = True
@@ -81,7 +80,6 @@ class MeasuredBudget(DraftBudget):
         self._drafted_steps = self._drafts = 0
         self._rest = self._last_rest = 0  # steps
         self._drafting = False  # whether the last step that might draft did so because it pays
-        self._step: _Step | None = None
 
     @property
     def curve(self) -> StepCurve:
@@ -99,78 +97,80 @@ class MeasuredBudget(DraftBudget):
             self._chooser.told(sequence)
         return opening
 
-    def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> Ask:
+    def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> _Step:
         decoding = chunks = 0
         for plan in plans:
             decoding += plan.decodes
             chunks += plan.chunk_end - plan.sequence.cache.length
         reckoned = self._chooser.reckon(decoding, chunks + decoding)
-        step = self._step = _Step(reckoned.price, reckoned.rows, chunks == 0)
+        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0)
         if self._rest > 0:
             self._rest -= 1
             self._trials.wait(self._options)
         if not wishes:
-            return Ask()
+            return step
         step.sampled = any(wish.selection is ChildSelection.SAMPLED for wish in wishes)
         choice = self._chooser.choice(reckoned, wishes, step.sampled)
         self._drafting = choice is not None
         return self._idle(step, wishes) if choice is None else self._drafted(step, choice, wishes)
 
-    def _drafted(self, step: _Step, choice: Choice, wishes: Sequence[Wish]) -> Ask:
+    def _drafted(self, step: _Step, choice: Choice, wishes: Sequence[Wish]) -> _Step:
         self._drafted_steps += 1
         self._last_rest = 0
         turn = self._drafted_steps % (2 * _PROBE_EVERY)
         chosen = wishes if len(choice.chosen) == len(wishes) else [wishes[place] for place in choice.chosen]
         if turn % (_FIRST_PLAIN_EVERY if self._guards.at(step.price.tokens)[0].young else _PROBE_EVERY) == 0:
-            return Ask()
+            return step
         option = self._options.all[choice.option]
         if turn % _PROBE_EVERY == _PROBE_EVERY // 2:
             option = self._options.whole[turn > _PROBE_EVERY]
             step.whole = chosen[0].id
         return self._order(step, option, chosen, choice.size)
 
-    def _idle(self, step: _Step, wishes: Sequence[Wish]) -> Ask:
+    def _idle(self, step: _Step, wishes: Sequence[Wish]) -> _Step:
         wish = min(wishes, key=self._chooser.fresh)
         option = self._trials.due(self._options, step.price, wish.plan.draft_nodes, self._chooser.fresh(wish))
         if option is None:
             if not step.sampled and not self._guards.at(step.price.tokens)[0].young:
                 self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
-            return Ask()
+            return step
         step.trial, step.whole = True, wish.id
         self._chooser.reckon_anew()
         return self._order(step, option, [wish], self._trials.nodes(step.price, wish.plan.draft_nodes))
 
-    def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> Ask:
-        step.option, option.cost.idle_steps = option, 0
+    def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> _Step:
+        step.option, step.models, step.floor = option, option.models, option.floor
+        option.cost.idle_steps = 0
         option.cost.measured += 1
         for wish in chosen:
             nodes = wish.plan.draft_nodes
             sampled = wish.selection is ChildSelection.SAMPLED  # such trees cannot be pruned
-            step.asked[wish.id] = min(size, nodes) if sampled or step.trial else nodes
+            step.nodes[wish.id] = min(size, nodes) if sampled or step.trial else nodes
             step.fresh += self._chooser.fresh(wish)
             self._chooser.told(wish.plan.sequence)
-        return Ask(step.asked, option.models, option.floor)
+        return step
 
-    def merge(self, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None) -> dict[int, MergedDraft]:
-        step = self._current()
+    def merge(
+        self, step: _Step, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None
+    ) -> dict[int, MergedDraft]:
         if step.option is None:
             return step.drafts
         step.answered = trees is not None
         for wish in wishes:
-            if wish.id in step.asked:
+            if wish.id in step.nodes:
                 found = (trees or {}).get(wish.id, [])
                 step.depth += max([max(tree.depths()) for tree in found], default=0)
                 if wish.selection is not ChildSelection.SAMPLED:
                     self._take(step, wish, found)
                 elif found:
-                    step.drafts[wish.id] = merge_trees(found, step.asked[wish.id])
+                    step.drafts[wish.id] = merge_trees(found, step.nodes[wish.id])
         step.drafting = step.option.cost.seconds(step.features)
         self._prune(step)
         return step.drafts
 
     def _take(self, step: _Step, wish: Wish, trees: Sequence[TokenTree]) -> None:
         if trees:
-            step.candidates[wish.id] = Candidate.of(trees, step.asked[wish.id], self._reliability)
+            step.candidates[wish.id] = Candidate.of(trees, step.nodes[wish.id], self._reliability)
         self._drafts += 1
         if self._drafts <= _ALL_TEACH or self._drafts % _TEACH_EVERY == 0 or step.whole is not None:
             step.teaching.append(wish)
@@ -190,8 +190,7 @@ class MeasuredBudget(DraftBudget):
             if len(nodes) > 1:
                 step.drafts[sequence_id] = candidate.keep(nodes)
 
-    def learn(self, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
-        step, self._step = self._current(), None
+    def learn(self, step: _Step, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
         if step.option is None:
             if step.alone and step.price.tokens:
                 self._learn_plain(step, draft_seconds + step_seconds)
@@ -217,10 +216,10 @@ class MeasuredBudget(DraftBudget):
                 candidate.teach(self._reliability, draft, accepted[wish.id], memory)
             if wish.plan.draft_depth == self._most_depth:
                 memory = _TRIAL_MEMORY if step.trial else GAIN_MEMORY
-                self._options.learn(option, wish.selection, candidate, step.asked[wish.id], memory)
-        for sequence_id in step.asked.keys() & self._chooser.own_gains.keys():
+                self._options.learn(option, wish.selection, candidate, step.nodes[wish.id], memory)
+        for sequence_id in step.nodes.keys() & self._chooser.own_gains.keys():
             accepted_nodes = [1.0] * len(accepted[sequence_id].nodes)
-            self._chooser.own_gains[sequence_id].learn(accepted_nodes, step.asked[sequence_id])
+            self._chooser.own_gains[sequence_id].learn(accepted_nodes, step.nodes[sequence_id])
 
     def _learn_times(
         self, step: _Step, option: Option, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float
@@ -257,7 +256,3 @@ class MeasuredBudget(DraftBudget):
         self._options.restore(state, share)
         self._reliability.restore(state["reliability"], share)
         self._guards.restore(state["guards"], share)
-
-    def _current(self) -> _Step:
-        assert self._step is not None, "ask comes first"
-        return self._step

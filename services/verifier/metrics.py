@@ -77,9 +77,9 @@ class VerifierMetrics:
             buckets=_ROUND_TRIPS,
             registry=registry,
         )
-        self.hand_out_seconds = Summary(
-            "specserve_verifier_hand_out_seconds",
-            "Time to hand out a step's tokens and to count it, while the next step's drafts are made.",
+        self.settle_seconds = Summary(
+            "specserve_verifier_settle_seconds",
+            "Time to hand out a step's tokens, count it and learn from it, while the next step's drafts are made.",
             registry=registry,
         )
         self.step_curve = gauge(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -167,7 +168,7 @@ def _build_engine(
     settings: VerifierSettings,
     loaded: LoadedModel[StepModel],
     runner: Runner,
-    budget: DraftBudget,
+    budget: DraftBudget[Any],
     links: Sequence[SpeculatorLink],
     metrics: VerifierMetrics,
     lifecycle: Lifecycle,
@@ -197,7 +198,7 @@ async def _budget(
     runner: Runner,
     links: Sequence[SpeculatorLink],
     metrics: VerifierMetrics,
-) -> AsyncIterator[DraftBudget]:
+) -> AsyncIterator[DraftBudget[Any]]:
     """One that measures keeps what it learns over restarts."""
     if settings.draft_always or settings.draft_width or not (links and settings.draft_nodes):
         yield WholeDrafts()

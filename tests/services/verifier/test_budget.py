@@ -117,7 +117,7 @@ class World:
         if trees:
             deepest = [max(max(tree.depths()) for tree in found) if ask.models else 0 for found in trees.values()]
             drafting += once + (sum(each + level * depth for depth in deepest) if ask.models else 0)
-        drafts = self.budget.merge(wishes, trees if trees else None)
+        drafts = self.budget.merge(ask, wishes, trees if trees else None)
         accepted = {
             plan.sequence.id: self.accept(drafts[plan.sequence.id].tree) for plan in plans if plan.sequence.id in drafts
         }
@@ -127,7 +127,7 @@ class World:
         self.asked.append(len(trees))
         verifying = (self.step(rows) + self.overhead * len(sequences)) * (1 + self.hidden * bool(trees))
         drafting, verifying = (value * self.random.lognormvariate(0, self.noise) for value in (drafting, verifying))
-        self.budget.learn(accepted, drafting, verifying)
+        self.budget.learn(ask, accepted, drafting, verifying)
         return sum(len(s.append(accepted[s.id].token_ids)) for s in sequences), drafting + verifying
 
     def trees(self, wish: Wish, ask: Ask) -> list[TokenTree]:

@@ -63,7 +63,7 @@ def test_sixteen_requests_at_once_with_drafts(
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
 def test_the_embedded_model(tensor: int, pipeline: int, tmp_path: Path, running: Services) -> None:
     llm = Path(EMBEDDED_LLM)
-    flags = (f"--tensor-parallel={tensor}", f"--pipeline-parallel={pipeline}")
+    flags = (f"--tensor-parallel={tensor}", f"--pipeline-parallel={pipeline}", "--dtype=float32")
     speculator = running.speculator(Path(EMBEDDED_SSMS[0]))
     with ranked_verifier(llm, tmp_path, *flags, f"--speculator={speculator}") as verifier:
         tokenizer = Tokenizer.from_file(str(llm / "tokenizer.json"))
