@@ -265,7 +265,7 @@ class TreeAttention(Protocol):
 class KvCompaction(Protocol):
     """cache[:, :, targets[m]] = cache[:, :, sources[m]] for every m, as if all sources were read first; in place.
 
-    cache: [layers, 2, slots, kv_heads, head_dim]; sources, targets: int64 [moves]; targets are distinct.
+    cache: [layers, 2, slots, kv_heads, head_dim]; moves: int64 [2, moves], sources and targets; targets are distinct.
     """
 
-    def __call__(self, cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None: ...
+    def __call__(self, cache: torch.Tensor, moves: torch.Tensor) -> None: ...

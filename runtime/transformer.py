@@ -110,7 +110,6 @@ class Transformer:
             self._graphs = StepGraphs(self, cache, cuda_capture(self.device))
         return cache
 
-    @torch.inference_mode()
     def forward(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return the last hidden states, [rows, hidden].
 
@@ -140,7 +139,6 @@ class Transformer:
             hidden = mlp(hidden, residual=True)
         return hidden
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of some rows: hidden [rows, hidden] -> float32 [rows, vocab]."""
         if self._decoder is not None:
@@ -148,7 +146,6 @@ class Transformer:
         normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
         return self._head(normed).float()
 
-    @torch.inference_mode()
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """Compute the segments' rows and return the next-token logits of some of them, float32 [len(rows), vocab].
 
@@ -184,12 +181,11 @@ class Transformer:
         norm, epsilon = self._final_norm, self.config.norm_epsilon
         return NativeDecoder(blocks, norm, epsilon, self._head, self._embedding, self._cos, self._sin)
 
-    @torch.inference_mode()
     def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:
         """Move the entries in slots `sources` to slots `targets`, in all layers, as if all were read first."""
         if sources:
             moves = torch.tensor([sources, targets], dtype=torch.int64, device=self.device)
-            self.backend.kv_compaction(cache.data, moves[0], moves[1])
+            self.backend.kv_compaction(cache.data, moves)
 
 
 def pack_layers(

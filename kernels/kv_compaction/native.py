@@ -9,16 +9,15 @@ from kernels.native.library import load
 from kernels.native.structures import pointer
 
 
-def kv_compaction(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+def kv_compaction(cache: torch.Tensor, moves: torch.Tensor) -> None:
     """See `kernels.blocks.KvCompaction`; any element type."""
-    check_moves(cache, sources, targets)
+    check_moves(cache, moves)
     layers, two, slots, kv_heads, head_dim = cache.shape
     load().specserve_kv_compaction(
         pointer(cache),
         layers * two,
         slots,
         kv_heads * head_dim * cache.element_size(),
-        pointer(sources),
-        pointer(targets),
-        sources.shape[0],
+        pointer(moves),
+        moves.shape[1],
     )

@@ -7,14 +7,14 @@ import torch
 from kernels.blocks import check_tensor
 
 
-def check_moves(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+def check_moves(cache: torch.Tensor, moves: torch.Tensor) -> None:
     """Raise ValueError unless the arguments have the shapes and types of `kernels.blocks.KvCompaction`."""
     check_tensor("cache", cache, (None, 2, None, None, None))
-    check_tensor("sources", sources, (None,), torch.int64)
-    check_tensor("targets", targets, tuple(sources.shape), torch.int64)
+    check_tensor("moves", moves, (2, None), torch.int64)
 
 
-def kv_compaction(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+def kv_compaction(cache: torch.Tensor, moves: torch.Tensor) -> None:
     """See `kernels.blocks.KvCompaction`."""
-    check_moves(cache, sources, targets)
+    check_moves(cache, moves)
+    sources, targets = moves
     cache.index_copy_(2, targets, cache.index_select(2, sources))

@@ -39,25 +39,25 @@ def _kv_compaction_kernel(
         tl.debug_barrier()
 
 
-def kv_compaction(cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+def kv_compaction(cache: torch.Tensor, moves: torch.Tensor) -> None:
     """See `kernels.blocks.KvCompaction`, under one condition: no slot is first a target and later a source.
 
     Moving an accepted path meets it: with a sequence's moves in order, entries only move towards the front, and the
     slots of two sequences are distinct. Up to MAX_MOVES moves need no condition.
     """
-    check_moves(cache, sources, targets)
+    check_moves(cache, moves)
     layers, two, slots, kv_heads, head_dim = cache.shape
-    moves, slot_size = sources.shape[0], kv_heads * head_dim
-    if moves == 0:
+    count, slot_size = moves.shape[1], kv_heads * head_dim
+    if count == 0:
         return
     _kv_compaction_kernel[(layers * two, triton.cdiv(slot_size, CHUNK))](
         cache,
-        sources,
-        targets,
-        moves,
+        moves[0],
+        moves[1],
+        count,
         slots,
         slot_size,
-        MOVES=min(MAX_MOVES, triton.next_power_of_2(moves)),
+        MOVES=min(MAX_MOVES, triton.next_power_of_2(count)),
         CHUNK=CHUNK,
         enable_fp_fusion=True,  # moves alone, but a compiler left to its default warns
     )

@@ -124,9 +124,10 @@ void specserve_draw_tokens(const float* logits, std::int64_t vocab, std::int64_t
   });
 }
 
-// cache: [planes, slots, slot_bytes].
+// cache: [planes, slots, slot_bytes]; sources: [moves], and behind them as many targets.
 void specserve_kv_compaction(char* cache, std::int64_t planes, std::int64_t slots, std::int64_t slot_bytes,
-                             const std::int64_t* sources, const std::int64_t* targets, std::int64_t moves) {
+                             const std::int64_t* sources, std::int64_t moves) {
+  const std::int64_t* targets = sources + moves;
   std::vector<char> moved(static_cast<std::size_t>(moves * slot_bytes));
   for (std::int64_t plane = 0; plane < planes; ++plane, cache += slots * slot_bytes) {
     for (std::int64_t m = 0; m < moves; ++m)

@@ -74,7 +74,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "specserve_gumbel_noise": (None, [c_uint64, c_int64, c_int64, c_void_p]),
     "specserve_draw_tokens": (None, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p]),
-    "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
+    "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]),
 }
 
 

@@ -18,7 +18,7 @@ def test_steps_wait_and_the_speculator_works_meanwhile(tmp_path: Path) -> None:
     for row in rows:
         assert row.orders > 0
         assert 0 < row.worked_ms < row.answer_ms
-        assert row.handed_out_ms > 0
+        assert row.settled_ms > 0
         assert row.median_ms > 0
 
 

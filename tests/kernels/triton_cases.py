@@ -266,7 +266,7 @@ def test_compaction_of_many_moves_towards_the_front() -> None:
 
 def assert_compacts_alike(cache: torch.Tensor, sources: list[int], targets: list[int]) -> None:
     expected, actual = cache.clone(), cache.to(DEVICE, copy=True)
-    moves = torch.tensor(sources, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
-    reference_compaction.kv_compaction(expected, *moves)
-    triton_compaction.kv_compaction(actual, *(move.to(DEVICE) for move in moves))
+    moves = torch.tensor([sources, targets], dtype=torch.int64)
+    reference_compaction.kv_compaction(expected, moves)
+    triton_compaction.kv_compaction(actual, moves.to(DEVICE))
     assert torch.equal(actual.cpu(), expected)
