@@ -64,11 +64,11 @@ class VerifierSettings(ServiceSettings):
     draft_nodes: int = setting(
         "Most draft tokens of a tree; 0 switches drafting off. More pay where a step costs little more for many rows: "
         "a large model, a GPU.",
-        default=5,
+        default=11,
         minimum=0,
         maximum=255,
     )
-    draft_depth: int = setting("Most levels of a tree.", default=5, minimum=1, maximum=64)
+    draft_depth: int = setting("Most levels of a tree.", default=8, minimum=1, maximum=64)
     draft_width: tuple[int, ...] = setting(
         "Children of a node at each depth, for static trees, which are drafted whole at every step; repeatable. Empty: "
         "best-first growth.",
