@@ -4,8 +4,7 @@
 #include <numeric>
 #include <type_traits>
 
-#include "buffer.h"
-#include "rms_norm.h"
+#include "prepared_rows.h"
 
 namespace specserve {
 namespace {
@@ -22,25 +21,12 @@ constexpr std::int64_t kDepth = 512;
 // Words of a block that are fetched into the L2 cache ahead of their use, and the bytes of a cache line.
 constexpr std::int64_t kPrefetch = 1024;
 constexpr std::int64_t kCacheLine = 64;
-// Inputs, of all rows, up to which each thread prepares them for itself: cheaper than to wait for another's.
-constexpr std::int64_t kOwnRows = 8192;
 // Rows that one item of work takes together, and the least multiply-adds that are worth an item.
 constexpr std::int64_t kItemRows = 96;
 constexpr std::int64_t kItemWork = 16384;
 
 constexpr int inputs_in_word(Storage storage) {
   return storage == Storage::kFloat32 ? 1 : storage == Storage::kInt8 ? 4 : 2;
-}
-
-// Whether inputs are multiplied in pairs, a word of weights at a time, instead of one by one.
-constexpr bool in_pairs(Storage storage) { return kPairsOfBFloat16 && storage == Storage::kBFloat16; }
-
-// A row as tiles take it: its inputs, or pairs of them, of which the last is filled up with zero.
-template <Storage kStorage>
-using Element = std::conditional_t<in_pairs(kStorage), std::uint32_t, float>;
-
-constexpr std::int64_t elements_for(Storage storage, std::int64_t inputs) {
-  return in_pairs(storage) ? (inputs + 1) / 2 : inputs;
 }
 
 std::int64_t words_for(Storage storage, std::int64_t inputs) {
@@ -177,82 +163,10 @@ struct Product {
   }
 };
 
-void round_row(const float* x, std::int64_t size, float* rounded) {
-  for (std::int64_t i = 0; i < size; i += kLanes) {
-    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, size - i));
-    store_first(round_to_bfloat16(load_first(x + i, count)), rounded + i, count);
-  }
-}
-
-#if defined(__AVX512BF16__)
-void round_row(const float* x, std::int64_t size, std::uint32_t* pairs) {
-  for (std::int64_t i = 0; i < size; i += 2 * kLanes, pairs += kLanes) {
-    const int low = static_cast<int>(std::min<std::int64_t>(kLanes, size - i));
-    const int high = static_cast<int>(std::clamp<std::int64_t>(size - i - kLanes, 0, kLanes));
-    const UintVec rounded = round_to_pairs(load_first(x + i, low), load_first(x + i + low, high));
-    std::memcpy(pairs, &rounded, static_cast<std::size_t>(low + high + 1) / 2 * sizeof *pairs);
-  }
-}
-#endif
-
-// A row after its norm, if it has one, rounded if the weights are bf16, in the form that tiles take.
-template <Storage kStorage>
-void prepare_row(const LinearInput& input, std::int64_t row, std::int64_t size, Element<kStorage>* prepared) {
-  thread_local Buffer scratch;
-  const float* x = input.x + row * size;
-  if constexpr (kStorage == Storage::kBFloat16) {
-    if (input.norm) {
-      float* normed = scratch.get(size);
-      norm_row(x, input.norm, input.norm_eps, size, normed);
-      x = normed;
-    }
-    round_row(x, size, prepared);
-  } else {
-    norm_row(x, input.norm, input.norm_eps, size, prepared);
-  }
-}
-
-// The rows as tiles take them: as they are, or prepared by the calling thread in memory of its own, or, where they are
-// many, by all threads together. May be called by all of a pool's threads after `together`.
-template <Storage kStorage>
-class PreparedRows {
- public:
-  PreparedRows(ThreadPool& pool, const LinearInput& input, std::int64_t size) : input_(input), size_(size) {
-    const std::int64_t stride = elements_for(kStorage, size);
-    if (!needed() || input.rows * size <= kOwnRows) return;
-    thread_local BufferOf<Element<kStorage>> shared;
-    Element<kStorage>* rows = shared.get(input.rows * stride);
-    const std::int64_t chunk = std::max<std::int64_t>(1, kOwnRows / size);
-    pool.parallel_for(static_cast<int>((input.rows + chunk - 1) / chunk), [&](int item) {
-      for (std::int64_t row = item * chunk; row < std::min(input.rows, (item + 1) * chunk); ++row)
-        prepare_row<kStorage>(input, row, size, rows + row * stride);
-    });
-    shared_ = rows;
-  }
-
-  const Element<kStorage>* get() const {
-    if (shared_) return shared_;
-    if constexpr (kStorage != Storage::kBFloat16)
-      if (!input_.norm) return input_.x;
-    const std::int64_t stride = elements_for(kStorage, size_);
-    thread_local BufferOf<Element<kStorage>> own;
-    Element<kStorage>* rows = own.get(input_.rows * stride);
-    for (std::int64_t row = 0; row < input_.rows; ++row) prepare_row<kStorage>(input_, row, size_, rows + row * stride);
-    return rows;
-  }
-
- private:
-  bool needed() const { return kStorage == Storage::kBFloat16 || input_.norm; }
-
-  const LinearInput& input_;
-  const std::int64_t size_;
-  const Element<kStorage>* shared_ = nullptr;
-};
-
 // One block, or two, times rows first..first+rows; finish(row, block, sums [kBlock]) takes each result.
 template <Storage kStorage, class Finish>
-void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t first, std::int64_t rows, std::int64_t block,
-                     std::int64_t blocks, const Finish& finish) {
+void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t first, std::int64_t rows,
+                     std::int64_t block, std::int64_t blocks, const Finish& finish) {
   alignas(64) float totals[2 * kItemRows * kBlock];
   const std::int64_t inputs = p.weights.inputs;
   // as few tiles as possible, of sizes that differ by one at most
@@ -260,7 +174,8 @@ void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t 
   for (std::int64_t k = 0; k < inputs; k += step)
     for (std::int64_t t = 0; t < tiles; ++t) {
       const std::int64_t begin = rows * t / tiles, count = rows * (t + 1) / tiles - begin;
-      const Tile<kStorage> tile = p.tile<kStorage>(x, first + begin, block, blocks, k, std::min(step, inputs - k), tiles, t);
+      const std::int64_t depth = std::min(step, inputs - k);
+      const Tile<kStorage> tile = p.tile<kStorage>(x, first + begin, block, blocks, k, depth, tiles, t);
       float* sums = totals + begin * blocks * kBlock;
       if (blocks == 2)
         run_tile_of<kStorage, 2, kTwoBlockRows>(static_cast<int>(count), tile, k == 0, sums);
