@@ -213,7 +213,13 @@ class Engine:
                     sink(output)
                 self.metrics.count_step(report)
                 self._count_load()
-                self.drafts.budget.learn(ask, report.accepted, report.draft_seconds, report.step_seconds)
+                self._learn(ask, report)
+
+    def _learn(self, ask: Ask, report: StepReport) -> None:
+        try:
+            self.drafts.budget.learn(ask, report.accepted, report.draft_seconds, report.step_seconds)
+        except Exception:  # the step is over and its tokens are out: what it taught is worth no request
+            log.exception("nothing was learned from a step")
 
     def _count_load(self) -> None:
         metrics, scheduler = self.metrics, self.scheduler

@@ -25,6 +25,7 @@ from services.common.model_facts import ModelFacts
 from services.common.model_files import tokenizer_hash
 from services.common.tls import INSECURE
 from services.verifier import speculator_link
+from services.verifier.budget import WholeDrafts
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
 from tests.ports import free_port
@@ -359,3 +360,16 @@ def test_an_absent_speculator_is_named_in_one_line(caplog: pytest.LogCaptureFixt
     reasons = [vars(record)["reason"] for record in caplog.records if record.message == "speculator unreachable"]
     assert reasons
     assert all(reason.startswith("UNAVAILABLE: ") and "\n" not in reason for reason in reasons)
+
+
+def test_a_budget_that_cannot_learn_costs_no_request(
+    llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def learn(*_arguments: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(WholeDrafts, "learn", learn)
+    verifier = running.verifier(llm)
+    expected = hugging_face_greedy(llm, PROMPT, 6)
+    assert [verifier.generate(PROMPT, 6).token_ids for _ in range(2)] == [expected] * 2
+    assert "nothing was learned from a step" in caplog.text
