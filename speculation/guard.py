@@ -16,6 +16,9 @@ _PLAIN_MEMORY = 12.0
 _LEAST_GAIN = 1.02
 # Where a smaller load lost, only a clear gain is tried at once; any other after so many plain steps.
 _CLEAR_GAIN, _DOUBTFUL_PAUSE = 1.25, 1000.0
+# In so many steps of a trial more is hoped for than is thought: what was learned at other loads, or of one sequence's
+# drafts, may be wrong of many, and what is not tried is not corrected. What it may lose is bounded all the same.
+_HOPEFUL_STEPS, _HOPE = 32, 1.5
 # What drafting may lose, in plain steps: so much, and so much more for a single sequence, whose steps say little.
 _ALLOWANCE, _ALLOWANCE_OF_ONE = 1.0, 2.0
 # Gains are not saved up beyond this, so that a change for the worse is noticed.
@@ -34,7 +37,8 @@ class Guard:
     Steps are measured relative to what a plain step of the moment is believed to take, so that the range may be wide.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hopeful: bool) -> None:
+        self._hopeful = hopeful
         self._plain, self._plain_steps = 0.0, 0
         self._account = self._mean = 0.0
         self._steps = self._sequences = 0  # drafted since the trial began
@@ -46,6 +50,11 @@ class Guard:
     def steps(self) -> int:
         """Drafted ones since the trial began."""
         return self._steps
+
+    @property
+    def hope(self) -> float:
+        """What accepted tokens that are thought to come are to be taken times."""
+        return _HOPE if self._hopeful and self._steps < _HOPEFUL_STEPS else 1.0
 
     @property
     def tried(self) -> bool:
@@ -83,7 +92,7 @@ class Guard:
         gained = (tokens + weight * (expected - tokens)) / sequences - seconds / (believed * self._plain)
         self._account = min(self._account + gained, _MOST_SAVED)
         self._mean += (gained - self._mean) / min(self._steps, _LONG_RUN)
-        allowance = _ALLOWANCE + _ALLOWANCE_OF_ONE / sequences
+        allowance = _ALLOWANCE + _ALLOWANCE_OF_ONE / (sequences if self.failed else 1)
         if self._account < -allowance or (self._steps >= _LONG_RUN and self._mean < 0):
             self._give_up(max(-self._account, allowance))
         elif self._steps >= 2 * _LONG_RUN:
@@ -127,7 +136,7 @@ class Guards:
         """By way."""
         load = sequences.bit_length()
         if (guards := self._guards.get(load)) is None:
-            guards = self._guards[load] = [Guard() for _ in range(self._ways)]
+            guards = self._guards[load] = [Guard(hopeful=load > 1) for _ in range(self._ways)]
         return guards
 
     def allow(self, sequences: int, way: int, gain: float) -> bool:
@@ -147,6 +156,5 @@ class Guards:
 
     def restore(self, state: Mapping[str, Sequence[Sequence[float]]], share: float) -> None:
         for load, kept in state.items():
-            self._guards[int(load)] = [Guard() for _ in range(self._ways)]
-            for guard, own in zip(self._guards[int(load)], kept, strict=True):
+            for guard, own in zip(self.at(1 << int(load) >> 1), kept, strict=True):
                 guard.restore(own, share)

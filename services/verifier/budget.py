@@ -35,10 +35,12 @@ class Ask:
     """What the speculators are asked for in a step; a budget may add what it remembers of the step.
 
     nodes: by sequence id. models: whether small models draft, or look-up alone. floor: probability of a path below
-    which small models need not go on.
+    which small models need not go on. opening: sequences that will draft later, for which speculators can prepare
+    while the LLM computes.
     """
 
     nodes: dict[int, int] = field(default_factory=dict)
+    opening: Sequence[RunningSequence] = ()
     models: bool = True
     floor: float = 0.0
 
@@ -60,10 +62,6 @@ class DraftBudget(ABC, Generic[A]):
     def resting(self) -> bool:
         """Whether the next step will draft nothing whatever it decodes, so that drafts need not be planned for."""
         return False
-
-    def opening(self, plans: Sequence[SequencePlan]) -> Sequence[RunningSequence]:
-        """Sequences that will draft when their prompt is computed, for which speculators can prepare meanwhile."""
-        return ()
 
     @abstractmethod
     def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> A:

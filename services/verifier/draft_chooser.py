@@ -71,12 +71,13 @@ class DraftChooser:
 
     def choice(self, reckoned: Reckoned, wishes: Sequence[Wish], sampled: bool) -> Choice | None:
         """The best way to draft, if any pays and its guard allows it, which knows nothing of sampled children."""
-        ways = [sampled or guard.ready for guard in self._guards.at(reckoned.price.tokens)]
-        if not any(ways):
+        guards = self._guards.at(reckoned.price.tokens)
+        hopes = [1.0 if sampled else guard.hope if guard.ready else 0.0 for guard in guards]
+        if not any(hopes):
             return None
         ids = tuple([wish.id for wish in wishes])
         if reckoned.choice is None or not reckoned.fits(ids, sampled):
-            reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, ways), ids
+            reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, hopes), ids
         choice = reckoned.choice
         return choice if choice.chosen and self._allows(reckoned, choice, sampled) else None
 
@@ -92,18 +93,19 @@ class DraftChooser:
         reckoned.steps = min(reckoned.steps, known // _HOLD_SHARE)
         return True
 
-    def _best(self, price: StepPrice, wishes: Sequence[Wish], ways: Sequence[bool]) -> Choice:
-        """Among the ways that may draft."""
-        for cost in self._options.costs:
-            cost.fit.solve()
-        places = [place for place, option in enumerate(self._options.all) if ways[self._options.way(option)]]
+    def _best(self, price: StepPrice, wishes: Sequence[Wish], hopes: Sequence[float]) -> Choice:
+        """hopes: what the gains of each way are taken times, 0 for one that may not draft."""
+        hope = [hopes[self._options.way(option)] for option in self._options.all]
+        places = [place for place, times in enumerate(hope) if times]
         options = [self._options.all[place] for place in places]
-        weights = np.array([np.maximum(option.cost.fit.weights, 0) / 1000 for option in options])
+        solved = {cost: np.maximum(cost.at(price.tokens).solve(), 0) / 1000 for cost in self._options.costs}
+        weights = np.array([solved[option.cost] for option in options])
         depth = np.array([option.depth for option in options])
         # What catches up once is of use in all later steps, about two tokens each.
         fresh = np.array([self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2) for wish in wishes])
         each = (weights[:, 1] + weights[:, 2] * depth)[:, None] + np.outer(weights[:, 3], fresh)
         gains = np.array([[self._gain(option, wish) for wish in wishes] for option in options])
+        gains *= np.array([hope[place] for place in places])[:, None, None]
         bounds = np.array([min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes])
         gains = np.minimum(gains, bounds[:, None]).transpose(0, 2, 1)
         choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains)
@@ -119,6 +121,10 @@ class DraftChooser:
     def fresh(self, wish: Wish) -> int:
         """How many of its tokens are new to the drafts."""
         return len(wish.plan.sequence.tokens) - self._known.get(wish.id, 0)
+
+    def is_unknown(self, wish: Wish) -> bool:
+        """Whether the drafts know nothing of the sequence."""
+        return wish.id not in self._known
 
     def told(self, sequence: RunningSequence) -> None:
         """The drafts get to know its tokens."""

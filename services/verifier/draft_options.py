@@ -14,22 +14,44 @@ from speculation.experience import Gain, LinearFit
 # Least probabilities of a path behind which small models go on that are told apart.
 FLOORS = (0.0, 0.1, 0.25, 0.5)
 _SMOOTHING = 0.05
+# Milliseconds before anything was measured, and how sure each is. Where many decode, a surprise is taken for the round
+# trip's first: what the drafts of one of them cost must not make those of all look dear.
+_COSTS, _SURE_OF_ONE, _SURE_OF_MANY = (0.6, 0.05, 0.03, 0.01), (4, 4, 16, 400), (1, 8, 400, 4000)
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
 
 class Cost:
-    """Milliseconds: of a round trip, of a sequence, of a level of its tree, of a token that is new to the drafts."""
+    """Milliseconds: of a round trip, of a sequence, of a level of its tree, of a token that is new to the drafts.
+
+    Of each load, a power of two of the sequences that decode, apart: what the step before hands out for all of them
+    keeps the cores from drafting, and many draft cheaper together than one after the other.
+    """
 
     def __init__(self) -> None:
-        self.fit = LinearFit((0.6, 0.05, 0.03, 0.01), (4, 4, 16, 400))
+        self._fits: dict[int, LinearFit] = {}
         self.idle_steps = 0  # since it was last measured, while no step drafts
         self.measured = 0
 
-    def seconds(self, features: Sequence[float]) -> float:
-        return max(0.0, self.fit.predict(features)) / 1000
+    def at(self, sequences: int) -> LinearFit:
+        load = sequences.bit_length()
+        if (fit := self._fits.get(load)) is None:
+            fit = self._fits[load] = LinearFit(_COSTS, _SURE_OF_MANY if load > 1 else _SURE_OF_ONE)
+        return fit
 
-    def learn(self, features: Sequence[float], seconds: float, believed: float) -> None:
-        self.fit.observe(features, 1000 * tamed(seconds, believed))
+    def seconds(self, sequences: int, features: Sequence[float]) -> float:
+        return max(0.0, self.at(sequences).predict(features)) / 1000
+
+    def learn(self, sequences: int, features: Sequence[float], seconds: float, believed: float) -> None:
+        self.at(sequences).observe(features, 1000 * tamed(seconds, believed))
+
+    def state(self) -> dict[str, Any]:
+        return {"fits": {str(load): fit.state() for load, fit in list(self._fits.items())}, "measured": self.measured}
+
+    def restore(self, state: dict[str, Any], share: float) -> None:
+        """Raises ValueError or TypeError when it is of another form."""
+        for load, kept in state["fits"].items():
+            self.at(1 << int(load) >> 1).restore(kept, share)
+        self.measured = int(state["measured"])
 
 
 class Option:
@@ -93,7 +115,7 @@ class Options:
 
     def state(self) -> dict[str, Any]:
         return {
-            "costs": [{"fit": cost.fit.state(), "measured": cost.measured} for cost in self.costs],
+            "costs": [cost.state() for cost in self.costs],
             "options": [
                 {"depth": option.depth, "gains": {name.value: gain.state() for name, gain in option.gains.items()}}
                 for option in self.all
@@ -102,8 +124,7 @@ class Options:
 
     def restore(self, state: dict[str, Any], share: float) -> None:
         for cost, kept in zip(self.costs, state["costs"], strict=True):
-            cost.fit.restore(kept["fit"], share)
-            cost.measured = int(kept["measured"])
+            cost.restore(kept, share)
         for option, kept in zip(self.all, state["options"], strict=True):
             option.depth = float(kept["depth"])
             for selection, gain in option.gains.items():
@@ -151,7 +172,7 @@ class IdleTrials:
         if measured == 0:
             return self.FIRST_STEPS
         verifying = price.seconds[self.nodes(price, most_nodes)] - price.seconds[0]
-        drafting = option.cost.seconds((1, 1, option.depth, fresh))
+        drafting = option.cost.seconds(price.tokens, (1, 1, option.depth, fresh))
         first = measured <= self.FIRST
         least, share = (self.FIRST_STEPS << measured, self.FIRST_SHARE) if first else (self.LEAST_STEPS, self.SHARE)
         return max(least, (drafting + verifying) / (share * price.seconds[0]))

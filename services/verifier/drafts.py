@@ -104,9 +104,6 @@ class DraftCollector:
     def ask(self, plans: Items[SequencePlan]) -> Asked:
         """Choose what to draft for the sequences that decode, and send for it."""
         wishes = [Wish(plan, self._selection(plan)) for plan in plans if self._may_draft(plan)]
-        if opening := self.budget.opening(plans):
-            for source in self.sources:
-                source.open(opening)
         ask = self.budget.ask(plans, wishes)
         orders = [self._order(wish, ask) for wish in wishes if wish.id in ask.nodes]
         asked: list[DraftSource] = []
@@ -115,6 +112,9 @@ class DraftCollector:
             asked = [source for source in self.sources if source.send(self._step, orders)]
         else:
             self.flush()
+        if ask.opening:
+            for source in self.sources:
+                source.open(ask.opening)
         return Asked(plans, wishes, ask, asked, self._step, time.monotonic() + self.settings.timeout_s)
 
     def collect(self, asked: Asked) -> dict[int, MergedDraft]:

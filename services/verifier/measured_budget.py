@@ -12,7 +12,7 @@ from typing import Any
 
 from services.verifier.budget import Ask, DraftBudget, Wish
 from services.verifier.candidates import Candidate
-from services.verifier.draft_chooser import DraftChooser
+from services.verifier.draft_chooser import DraftChooser, Reckoned
 from services.verifier.draft_options import IdleTrials, Option, Options, tamed
 from services.verifier.scheduler import SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
@@ -34,6 +34,9 @@ _TRIAL_MEMORY = 8.0
 # Steps for which no draft is thought of when none pays, and for how many at most when none has for long: thinking costs
 # more than a small model's plain step can bear.
 _REST_STEPS, _LONGEST_REST = 8, 64
+# Before the first drafts of sequences with more tokens than this together, one plain step goes by, in which speculators
+# compute them.
+_PREPARED_TOKENS = 32
 # Behind the first so many drafts, one in so many teaches: looking back takes time too.
 _ALL_TEACH, _TEACH_EVERY = 128, 8
 
@@ -89,14 +92,6 @@ class MeasuredBudget(DraftBudget[_Step]):
     def resting(self) -> bool:
         return self._rest > 0
 
-    def opening(self, plans: Sequence[SequencePlan]) -> Sequence[RunningSequence]:
-        if not self._drafting:
-            return ()
-        opening = [plan.sequence for plan in plans if plan.computes_prompt and plan.sequence.wants_drafts]
-        for sequence in opening:
-            self._chooser.told(sequence)
-        return opening
-
     def ask(self, plans: Sequence[SequencePlan], wishes: Sequence[Wish]) -> _Step:
         decoding = chunks = 0
         for plan in plans:
@@ -107,38 +102,54 @@ class MeasuredBudget(DraftBudget[_Step]):
         if self._rest > 0:
             self._rest -= 1
             self._trials.wait(self._options)
-        if not wishes:
-            return step
+        if wishes:
+            self._decide(step, reckoned, wishes)
+        if self._drafting:
+            self._open(step, [plan.sequence for plan in plans if plan.computes_prompt and plan.sequence.wants_drafts])
+        return step
+
+    def _decide(self, step: _Step, reckoned: Reckoned, wishes: Sequence[Wish]) -> None:
         step.sampled = any(wish.selection is ChildSelection.SAMPLED for wish in wishes)
         choice = self._chooser.choice(reckoned, wishes, step.sampled)
-        self._drafting = choice is not None
-        return self._idle(step, wishes) if choice is None else self._drafted(step, choice, wishes)
+        begins, self._drafting = not self._drafting, choice is not None
+        if choice is None:
+            self._idle(step, wishes)
+            return
+        chosen = wishes if len(choice.chosen) == len(wishes) else [wishes[place] for place in choice.chosen]
+        unknown = [wish for wish in chosen if self._chooser.is_unknown(wish)] if begins else []
+        if sum([self._chooser.fresh(wish) for wish in unknown]) > _PREPARED_TOKENS:
+            self._open(step, [wish.plan.sequence for wish in unknown])
+        else:
+            self._drafted(step, choice, chosen)
 
-    def _drafted(self, step: _Step, choice: Choice, wishes: Sequence[Wish]) -> _Step:
+    def _open(self, step: _Step, sequences: Sequence[RunningSequence]) -> None:
+        step.opening = [*step.opening, *sequences]
+        for sequence in sequences:
+            self._chooser.told(sequence)
+
+    def _drafted(self, step: _Step, choice: Choice, chosen: Sequence[Wish]) -> None:
         self._drafted_steps += 1
         self._last_rest = 0
         turn = self._drafted_steps % (2 * _PROBE_EVERY)
-        chosen = wishes if len(choice.chosen) == len(wishes) else [wishes[place] for place in choice.chosen]
         if turn % (_FIRST_PLAIN_EVERY if self._guards.at(step.price.tokens)[0].young else _PROBE_EVERY) == 0:
-            return step
+            return
         option = self._options.all[choice.option]
         if turn % _PROBE_EVERY == _PROBE_EVERY // 2:
             option = self._options.whole[turn > _PROBE_EVERY]
             step.whole = chosen[0].id
-        return self._order(step, option, chosen, choice.size)
+        self._order(step, option, chosen, choice.size)
 
-    def _idle(self, step: _Step, wishes: Sequence[Wish]) -> _Step:
+    def _idle(self, step: _Step, wishes: Sequence[Wish]) -> None:
         wish = min(wishes, key=self._chooser.fresh)
         option = self._trials.due(self._options, step.price, wish.plan.draft_nodes, self._chooser.fresh(wish))
-        if option is None:
-            if not step.sampled and not self._guards.at(step.price.tokens)[0].young:
-                self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
-            return step
-        step.trial, step.whole = True, wish.id
-        self._chooser.reckon_anew()
-        return self._order(step, option, [wish], self._trials.nodes(step.price, wish.plan.draft_nodes))
+        if option is not None:
+            step.trial, step.whole = True, wish.id
+            self._chooser.reckon_anew()
+            self._order(step, option, [wish], self._trials.nodes(step.price, wish.plan.draft_nodes))
+        elif not step.sampled and not self._guards.at(step.price.tokens)[0].young:
+            self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
 
-    def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> _Step:
+    def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> None:
         step.option, step.models, step.floor = option, option.models, option.floor
         option.cost.idle_steps = 0
         option.cost.measured += 1
@@ -148,7 +159,6 @@ class MeasuredBudget(DraftBudget[_Step]):
             step.nodes[wish.id] = min(size, nodes) if sampled or step.trial else nodes
             step.fresh += self._chooser.fresh(wish)
             self._chooser.told(wish.plan.sequence)
-        return step
 
     def merge(
         self, step: _Step, wishes: Sequence[Wish], trees: Mapping[int, list[TokenTree]] | None
@@ -164,7 +174,7 @@ class MeasuredBudget(DraftBudget[_Step]):
                     self._take(step, wish, found)
                 elif found:
                     step.drafts[wish.id] = merge_trees(found, step.nodes[wish.id])
-        step.drafting = step.option.cost.seconds(step.features)
+        step.drafting = step.option.cost.seconds(step.price.tokens, step.features)
         self._prune(step)
         return step.drafts
 
@@ -192,7 +202,7 @@ class MeasuredBudget(DraftBudget[_Step]):
 
     def learn(self, step: _Step, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
         if step.option is None:
-            if step.alone and step.price.tokens:
+            if step.alone and step.price.tokens and not step.opening:
                 self._learn_plain(step, draft_seconds + step_seconds)
         elif step.answered:
             self._learn_acceptance(step, step.option, accepted)
@@ -226,12 +236,12 @@ class MeasuredBudget(DraftBudget[_Step]):
     ) -> None:
         """Whatever a drafted step costs beyond the price of its rows counts as the cost of drafting."""
         if not step.alone:
-            option.cost.learn(step.features, draft_seconds, step.drafting)
+            option.cost.learn(step.price.tokens, step.features, draft_seconds, step.drafting)
             return
         added = sum([len(draft.tree) - 1 for draft in step.drafts.values()])
         verifying, sequences = step.price.seconds[added], step.price.tokens
         seconds = tamed(draft_seconds + step_seconds, step.drafting + verifying)
-        option.cost.learn(step.features, seconds - verifying, step.drafting)
+        option.cost.learn(sequences, step.features, seconds - verifying, step.drafting)
         if added:
             self._prices.learn_drafted(step.rows + added, sequences, step_seconds)
         if not step.trial and not step.sampled:

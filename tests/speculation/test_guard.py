@@ -11,7 +11,7 @@ from speculation.guard import Guard, Guards
 
 def settled(relative: float = 1.0) -> Guard:
     """A guard that has seen plain steps of `relative` times what was believed."""
-    guard = Guard()
+    guard = Guard(hopeful=True)
     for _ in range(20):
         guard.plain(0.010 * relative, 0.010)
     return guard
@@ -45,7 +45,7 @@ def lost(guard: Guard, speedup: float, steps: int) -> float:
 
 
 def test_nothing_drafts_before_plain_steps_are_known() -> None:
-    guard = Guard()
+    guard = Guard(hopeful=True)
     assert not guard.ready
     for _ in range(3):
         guard.plain(0.010, 0.010)
@@ -57,9 +57,23 @@ def test_faster_drafts_go_on(speedup: float) -> None:
     assert draft_until_refused(settled(), speedup, 1000) == 1000
 
 
-def test_clearly_slower_drafts_are_given_up_after_a_step_or_two() -> None:
-    assert draft_until_refused(settled(), 0.7, 100) <= 2
-    assert draft_until_refused(settled(), 0.9, 100) <= 5
+def test_clearly_slower_drafts_are_given_up_after_a_few_steps_and_sooner_the_next_time() -> None:
+    for speedup, first, second in ((0.7, 3, 2), (0.9, 10, 5)):
+        guard = settled()
+        assert draft_until_refused(guard, speedup, 100) <= first
+        while not guard.ready:
+            guard.plain(0.010, 0.010)
+        assert draft_until_refused(guard, speedup, 100) <= second
+
+
+def test_of_many_sequences_more_is_hoped_for_in_the_first_steps_of_a_trial() -> None:
+    guards = Guards(ways=1)
+    (one,), (many,) = guards.at(1), guards.at(8)
+    assert one.hope == 1 < many.hope
+    for _ in range(20):
+        many.plain(0.010, 0.010)
+    assert draft_until_refused(many, 1.5, 64) == 64
+    assert many.hope == 1
 
 
 def test_slightly_slower_drafts_are_given_up_in_the_long_run() -> None:

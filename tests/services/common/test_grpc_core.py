@@ -22,9 +22,7 @@ with grpc.insecure_channel(f"127.0.0.1:{{server.add_insecure_port('127.0.0.1:0')
 def _run(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
     command = [sys.executable, "-c", _USES_GRPC.format(module=module)]
-    return subprocess.run(
-        command, env=inherited | environment, capture_output=True, text=True, timeout=120, check=True
-    )
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=120, check=True)
 
 
 @pytest.mark.parametrize("service", ["gateway", "speculator", "verifier"])
