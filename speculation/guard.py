@@ -14,8 +14,6 @@ _PLAIN_STEPS = 3  # plain steps that must be known before any draft
 _PLAIN_MEMORY = 12.0
 # A gain below this is within what the models are wrong by.
 _LEAST_GAIN = 1.02
-# Where a smaller load lost, only a clear gain is tried at once; any other after so many plain steps.
-_CLEAR_GAIN, _DOUBTFUL_PAUSE = 1.25, 1000.0
 # In so many steps of a trial more is hoped for than is thought: what was learned at other loads, or of one sequence's
 # drafts, may be wrong of many, and what is not tried is not corrected. What it may lose is bounded all the same.
 _HOPEFUL_STEPS, _HOPE = 32, 1.5
@@ -44,7 +42,6 @@ class Guard:
         self._steps = self._sequences = 0  # drafted since the trial began
         self._failures = 0
         self._pause = 0.0  # plain steps
-        self._doubted = False
 
     @property
     def steps(self) -> int:
@@ -55,15 +52,6 @@ class Guard:
     def hope(self) -> float:
         """What accepted tokens that are thought to come are to be taken times."""
         return _HOPE if self._hopeful and self._steps < _HOPEFUL_STEPS else 1.0
-
-    @property
-    def tried(self) -> bool:
-        return self._steps > 0 or self._failures > 0
-
-    @property
-    def failed(self) -> bool:
-        """Whether drafting was given up the last time."""
-        return self._failures > 0
 
     @property
     def ready(self) -> bool:
@@ -92,7 +80,7 @@ class Guard:
         gained = (tokens + weight * (expected - tokens)) / sequences - seconds / (believed * self._plain)
         self._account = min(self._account + gained, _MOST_SAVED)
         self._mean += (gained - self._mean) / min(self._steps, _LONG_RUN)
-        allowance = _ALLOWANCE + _ALLOWANCE_OF_ONE / (sequences if self.failed else 1)
+        allowance = _ALLOWANCE + _ALLOWANCE_OF_ONE / (sequences if self._failures else 1)
         if self._account < -allowance or (self._steps >= _LONG_RUN and self._mean < 0):
             self._give_up(max(-self._account, allowance))
         elif self._steps >= 2 * _LONG_RUN:
@@ -103,13 +91,6 @@ class Guard:
         self._failures += 1
         self._account = self._mean = 0.0
         self._steps = self._sequences = 0
-
-    def doubt(self) -> bool:
-        """Puts a first trial off; False when it was put off before, or drafting was tried."""
-        if self._doubted or self.tried:
-            return False
-        self._doubted, self._pause = True, _DOUBTFUL_PAUSE
-        return True
 
     def state(self) -> Sequence[float]:
         return [self._plain, self._plain_steps, self._account, self._mean, self._steps, self._failures, self._pause]
@@ -125,7 +106,7 @@ class Guard:
 class Guards:
     """One for each way to draft at each load, a power of two of the sequences that decode.
 
-    ways: how many ways are told apart. What a way has shown at a smaller load is evidence.
+    ways: how many ways are told apart.
     """
 
     def __init__(self, ways: int) -> None:
@@ -141,15 +122,7 @@ class Guards:
 
     def allow(self, sequences: int, way: int, gain: float) -> bool:
         """Whether the next step may draft, thought to give `gain` times the tokens per second of a plain one."""
-        guard = self.at(sequences)[way]
-        if not guard.ready or gain < _LEAST_GAIN:
-            return False
-        doubtful = gain < _CLEAR_GAIN and self._failed_below(sequences.bit_length(), way)
-        return not (doubtful and guard.doubt())
-
-    def _failed_below(self, load: int, way: int) -> bool:
-        tried = [below for below, guards in self._guards.items() if below < load and guards[way].tried]
-        return bool(tried) and self._guards[max(tried)][way].failed
+        return self.at(sequences)[way].ready and gain >= _LEAST_GAIN
 
     def state(self) -> dict[str, Sequence[Sequence[float]]]:
         return {str(load): [guard.state() for guard in guards] for load, guards in list(self._guards.items())}

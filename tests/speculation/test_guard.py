@@ -108,21 +108,17 @@ def test_bad_luck_with_the_first_trees_is_no_reason_to_stop() -> None:
     assert guard.ready
 
 
-def test_what_lost_at_a_smaller_load_needs_a_clear_gain_at_a_larger_one() -> None:
+def test_each_load_and_way_has_its_own_verdict() -> None:
     guards = Guards(ways=2)
     for sequences in (4, 16):
         for guard in guards.at(sequences):
             for _ in range(20):
                 guard.plain(0.010, 0.010)
-    assert guards.allow(4, 0, gain=1.1)
     while guards.at(4)[0].ready:
         draft(guards.at(4)[0], 0.5)
-    assert guards.allow(16, 0, gain=1.5), "clear"
-    assert guards.allow(16, 1, gain=1.1), "another way to draft"
-    assert not guards.allow(16, 0, gain=1.1)
-    for _ in range(1000):
-        guards.at(16)[0].plain(0.010, 0.010)
-    assert guards.allow(16, 0, gain=1.1), "not for ever"
+    assert not guards.allow(4, 0, gain=1.5)
+    assert guards.allow(4, 1, gain=1.1), "another way to draft"
+    assert guards.allow(16, 0, gain=1.1)
     assert not guards.allow(16, 0, gain=1.01), "within what the estimates are wrong by"
 
 
@@ -135,7 +131,6 @@ def test_verdicts_are_kept_and_doubted_sooner() -> None:
     kept.restore(json.loads(json.dumps(guards.state())), share=0.25)
     assert kept.allow(1, 0, gain=1.5)
     assert not kept.allow(8, 0, gain=1.5)
-    assert not kept.allow(16, 0, gain=1.1)
 
     def pause(guard: Guard) -> int:
         steps = 0
