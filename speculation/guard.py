@@ -21,8 +21,8 @@ _HOPEFUL_STEPS, _HOPE = 32, 1.5
 _ALLOWANCE, _ALLOWANCE_OF_ONE = 1.0, 2.0
 # Gains are not saved up beyond this, so that a change for the worse is noticed.
 _MOST_SAVED = 4.0
-# Steps behind which the mean gain counts too, and that it is the mean of.
-_LONG_RUN = 64
+# Steps behind which the mean gain counts too, and that it is the mean of; and those that are heard before it is given up.
+_LONG_RUN, _RECENT = 64, 16
 # Weight of what was expected against what came: that of so many sequences' steps, but never less than a share.
 _PRIOR_SEQUENCES, _LEAST_WEIGHT = 2.0, 0.1
 # Share of the time that trials may lose after the first failure; each further one halves it.
@@ -33,6 +33,8 @@ class Guard:
     """Of one way to draft at one load, which is a range of how many sequences decode.
 
     Steps are measured relative to what a plain step of the moment is believed to take, so that the range may be wide.
+    Before drafting is given up, plain steps are measured anew: what looks like its loss may be a machine that has become
+    slower.
     """
 
     def __init__(self, *, hopeful: bool) -> None:
@@ -40,6 +42,8 @@ class Guard:
         self._plain, self._plain_steps = 0.0, 0
         self._account = self._mean = 0.0
         self._steps = self._sequences = 0  # drafted since the trial began
+        self._brought = self._took = 0.0  # means of the last ones: tokens for one of a plain step, plain steps
+        self._accused = 0.0  # plain steps that seem to be lost, while plain ones are measured
         self._failures = 0
         self._pause = 0.0  # plain steps
 
@@ -68,6 +72,8 @@ class Guard:
         self._pause -= 1
         self._plain_steps += 1
         self._plain += (seconds / believed - self._plain) / min(self._plain_steps, _PLAIN_MEMORY)
+        if self._accused and self._plain_steps == _PLAIN_STEPS:
+            self._judge()
 
     def drafted(self, tokens: int, expected: float, sequences: int, seconds: float, believed: float) -> None:
         """A drafted step gave `tokens` tokens, of which `expected` were; a plain one gives `sequences` in `believed`.
@@ -77,14 +83,24 @@ class Guard:
         self._steps += 1
         self._sequences += sequences
         weight = max(_LEAST_WEIGHT, _PRIOR_SEQUENCES / (_PRIOR_SEQUENCES + self._sequences))
-        gained = (tokens + weight * (expected - tokens)) / sequences - seconds / (believed * self._plain)
+        brought, took = (tokens + weight * (expected - tokens)) / sequences, seconds / believed
+        self._brought += (brought - self._brought) / min(self._steps, _RECENT)
+        self._took += (took - self._took) / min(self._steps, _RECENT)
+        gained = brought - took / self._plain
         self._account = min(self._account + gained, _MOST_SAVED)
         self._mean += (gained - self._mean) / min(self._steps, _LONG_RUN)
         allowance = _ALLOWANCE + _ALLOWANCE_OF_ONE / (sequences if self._failures else 1)
         if self._account < -allowance or (self._steps >= _LONG_RUN and self._mean < 0):
-            self._give_up(max(-self._account, allowance))
+            self._accused, self._plain_steps = max(-self._account, allowance), 0
         elif self._steps >= 2 * _LONG_RUN:
             self._failures = 0
+
+    def _judge(self) -> None:
+        lost, self._accused = self._accused, 0.0
+        if self._brought > self._took / self._plain:
+            self._account = self._mean = 0.0
+        else:
+            self._give_up(lost)
 
     def _give_up(self, lost: float) -> None:
         self._pause = lost * 2.0 ** min(self._failures, _MOST_HALVINGS) / _SHARE

@@ -100,6 +100,18 @@ def test_drafts_that_become_slow_are_given_up() -> None:
     assert draft_until_refused(guard, 0.5, 500) < 10
 
 
+@pytest.mark.parametrize(("speedup", "goes_on"), [(1.2, True), (0.9, False)])
+def test_a_machine_that_becomes_slower_is_told_from_drafts_that_do(speedup: float, goes_on: bool) -> None:
+    guard = settled()
+    draft_until_refused(guard, speedup=1.5, steps=20)
+    assert draft_until_refused(guard, speedup / 1.6, 100) < 100, "by what is known of plain steps, they lose"
+    for _ in range(3):  # a drafter that does lose is heard again at most
+        for _ in range(3):
+            guard.plain(0.016, 0.010)
+        draft_until_refused(guard, speedup / 1.6, 50)
+    assert guard.ready is goes_on
+
+
 def test_bad_luck_with_the_first_trees_is_no_reason_to_stop() -> None:
     """One sequence, whose first trees bring nothing, at twice the cost of a plain step."""
     guard = settled()
