@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 _PLAIN_STEPS = 3  # plain steps that must be known before any draft
-_PLAIN_MEMORY = 12.0
+_PLAIN_MEMORY = 8.0
 # A gain below this is within what the models are wrong by.
 _LEAST_GAIN = 1.02
 # In so many steps of a trial more is hoped for than is thought: what was learned at other loads, or of one sequence's
@@ -56,6 +56,11 @@ class Guard:
     def hope(self) -> float:
         """What accepted tokens that are thought to come are to be taken times."""
         return _HOPE if self._hopeful and self._steps < _HOPEFUL_STEPS else 1.0
+
+    @property
+    def gain(self) -> float:
+        """Tokens per second of the last drafted steps, times those of plain ones; 1 before there were any."""
+        return self._brought * self._plain / self._took if self._took else 1.0
 
     @property
     def ready(self) -> bool:

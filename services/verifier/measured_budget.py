@@ -21,14 +21,16 @@ from speculation.acceptance import Accepted
 from speculation.budget import Choice, StepPrice, nodes_that_pay
 from speculation.children import ChildSelection
 from speculation.experience import GAIN_MEMORY, RELIABILITY_MEMORY, Reliability
-from speculation.guard import Guards
+from speculation.guard import Guard, Guards
 from speculation.merge import MergedDraft, merge_trees
 from speculation.step_curve import StepCurve
 from speculation.tree import TokenTree
 
-# Every so many drafted steps one is plain, and one verifies a whole tree, to see what is given away; plain ones come
-# sooner while few are known at this load.
-_PROBE_EVERY, _FIRST_PLAIN_EVERY = 64, 8
+# Every so many drafted steps one is plain, and one verifies a whole tree, to see what is given away. Plain ones come
+# sooner while few are known at this load, and where the gain is so small that a machine of changing speed can hide its
+# end; there they cost little.
+_PROBE_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 64, 16, 8
+_SMALL_GAIN = 1.3
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
 # Steps for which no draft is thought of when none pays, and for how many at most when none has for long: thinking costs
@@ -131,13 +133,18 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._drafted_steps += 1
         self._last_rest = 0
         turn = self._drafted_steps % (2 * _PROBE_EVERY)
-        if turn % (_FIRST_PLAIN_EVERY if self._guards.at(step.price.tokens)[0].young else _PROBE_EVERY) == 0:
-            return
         option = self._options.all[choice.option]
-        if turn % _PROBE_EVERY == _PROBE_EVERY // 2:
+        if turn % self._plain_every(self._guards.at(step.price.tokens)[self._options.way(option)]) == 0:
+            return
+        if turn % _PROBE_EVERY == _PROBE_EVERY // 2 + 1:  # never one that is plain
             option = self._options.whole[turn > _PROBE_EVERY]
             step.whole = chosen[0].id
         self._order(step, option, chosen, choice.size)
+
+    def _plain_every(self, guard: Guard) -> int:
+        if guard.young:
+            return _FIRST_PLAIN_EVERY
+        return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN else _PROBE_EVERY
 
     def _idle(self, step: _Step, wishes: Sequence[Wish]) -> None:
         wish = min(wishes, key=self._chooser.fresh)
