@@ -21,7 +21,7 @@ _HOPEFUL_STEPS, _HOPE = 32, 1.5
 _ALLOWANCE, _ALLOWANCE_OF_ONE = 1.0, 2.0
 # Gains are not saved up beyond this, so that a change for the worse is noticed.
 _MOST_SAVED = 4.0
-# Steps behind which the mean gain counts too, and that it is the mean of; and those that are heard before it is given up.
+# Steps behind which the mean gain counts too, and that it is the mean of; and those that are heard before giving up.
 _LONG_RUN, _RECENT = 64, 16
 # Weight of what was expected against what came: that of so many sequences' steps, but never less than a share.
 _PRIOR_SEQUENCES, _LEAST_WEIGHT = 2.0, 0.1
@@ -33,8 +33,8 @@ class Guard:
     """Of one way to draft at one load, which is a range of how many sequences decode.
 
     Steps are measured relative to what a plain step of the moment is believed to take, so that the range may be wide.
-    Before drafting is given up, plain steps are measured anew: what looks like its loss may be a machine that has become
-    slower.
+    Before drafting is given up, plain steps are measured anew: what looks like its loss may be a machine that has
+    become slower.
     """
 
     def __init__(self, *, hopeful: bool) -> None:
