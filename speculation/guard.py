@@ -150,5 +150,6 @@ class Guards:
 
     def restore(self, state: Mapping[str, Sequence[Sequence[float]]], share: float) -> None:
         for load, kept in state.items():
-            for guard, own in zip(self.at(1 << int(load) >> 1), kept, strict=True):
+            least = 1 << int(load) >> 1  # sequences of that load
+            for guard, own in zip(self.at(least), kept, strict=True):
                 guard.restore(own, share)

@@ -95,9 +95,9 @@ class DraftChooser:
 
     def _best(self, price: StepPrice, wishes: Sequence[Wish], hopes: Sequence[float]) -> Choice:
         """hopes: what the gains of each way are taken times, 0 for one that may not draft."""
-        hope = [hopes[self._options.way(option)] for option in self._options.all]
-        places = [place for place, times in enumerate(hope) if times]
+        places = [place for place, option in enumerate(self._options.all) if hopes[self._options.way(option)]]
         options = [self._options.all[place] for place in places]
+        hope = np.array([hopes[self._options.way(option)] for option in options])
         solved = {cost: np.maximum(cost.at(price.tokens).solve(), 0) / 1000 for cost in self._options.costs}
         weights = np.array([solved[option.cost] for option in options])
         depth = np.array([option.depth for option in options])
@@ -105,7 +105,7 @@ class DraftChooser:
         fresh = np.array([self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2) for wish in wishes])
         each = (weights[:, 1] + weights[:, 2] * depth)[:, None] + np.outer(weights[:, 3], fresh)
         gains = np.array([[self._gain(option, wish) for wish in wishes] for option in options])
-        gains *= np.array([hope[place] for place in places])[:, None, None]
+        gains *= hope[:, None, None]
         bounds = np.array([min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes])
         gains = np.minimum(gains, bounds[:, None]).transpose(0, 2, 1)
         choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains)

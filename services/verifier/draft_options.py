@@ -50,7 +50,7 @@ class Cost:
     def restore(self, state: dict[str, Any], share: float) -> None:
         """Raises ValueError or TypeError when it is of another form."""
         for load, kept in state["fits"].items():
-            self.at(1 << int(load) >> 1).restore(kept, share)
+            self.at(1 << int(load) >> 1).restore(kept, share)  # the least number of sequences of that load
         self.measured = int(state["measured"])
 
 

@@ -21,7 +21,7 @@ from speculation.acceptance import Accepted
 from speculation.budget import Choice, StepPrice, nodes_that_pay
 from speculation.children import ChildSelection
 from speculation.experience import GAIN_MEMORY, RELIABILITY_MEMORY, Reliability
-from speculation.guard import Guard, Guards
+from speculation.guard import Guards
 from speculation.merge import MergedDraft, merge_trees
 from speculation.step_curve import StepCurve
 from speculation.tree import TokenTree
@@ -134,17 +134,19 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._last_rest = 0
         turn = self._drafted_steps % (2 * _PROBE_EVERY)
         option = self._options.all[choice.option]
-        if turn % self._plain_every(self._guards.at(step.price.tokens)[self._options.way(option)]) == 0:
+        if turn % self._plain_every(step, option) == 0:
             return
         if turn % _PROBE_EVERY == _PROBE_EVERY // 2 + 1:  # never one that is plain
             option = self._options.whole[turn > _PROBE_EVERY]
             step.whole = chosen[0].id
         self._order(step, option, chosen, choice.size)
 
-    def _plain_every(self, guard: Guard) -> int:
+    def _plain_every(self, step: _Step, option: Option) -> int:
+        guard = self._guards.at(step.price.tokens)[self._options.way(option)]
         if guard.young:
             return _FIRST_PLAIN_EVERY
-        return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN else _PROBE_EVERY
+        # Of sampled children the guard knows nothing.
+        return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN and not step.sampled else _PROBE_EVERY
 
     def _idle(self, step: _Step, wishes: Sequence[Wish]) -> None:
         wish = min(wishes, key=self._chooser.fresh)
