@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -11,29 +11,29 @@ from prometheus_client import CollectorRegistry
 from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.lines import DEPTH, LOOKUPS
 from benchmarks.acceptance.runners import Tokens
-from protos import speculator_pb2
 from services.speculator.draft_service import DraftService
+from services.speculator.hosting import HostedSpeculator
 from services.speculator.lookup import OutputLookup, PromptLookup
 from services.speculator.metrics import SpeculatorMetrics
 from services.speculator.settings import SpeculatorSettings
 from services.speculator.sources import DraftSource
-from services.verifier import wire
 from services.verifier.budget import WholeDrafts
-from services.verifier.drafts import DraftCollector, DraftOrder, DraftSettings
+from services.verifier.drafts import DraftCollector, DraftSettings
 from services.verifier.engine import Engine
+from services.verifier.local_speculator import NAME, LocalSpeculator
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.request import GenerationRequest, Sink, StepOutput
 from services.verifier.runner import Runner
 from services.verifier.scheduler import Scheduler, SchedulerSettings
-from services.verifier.sequence import Sequence as RunningSequence
 from speculation.acceptance import AcceptanceRule
 from speculation.noise import derive_seed
 from speculation.sampling import SamplingParams
-from speculation.tree import MAX_NODES, TokenTree
+from speculation.tree import MAX_NODES
 
-STREAM = 0
 TIMEOUT_S = 600.0  # of one step
 INDEXED_TOKENS = 100_000  # more than one run writes
+
+FAILED = {"speculator": NAME, "reason": "failed"}
 
 Outputs = queue.SimpleQueue[tuple[int, StepOutput | Exception]]
 
@@ -73,48 +73,14 @@ class Decoded:
         return tuple(map(len, self.outputs))
 
 
-class LocalSpeculator:
-    """A speculator without a network: a `services.verifier.drafts.DraftSource` around the service's own answers."""
-
-    def __init__(self, service: DraftService, models: int, vocab_size: int) -> None:
-        self.models = max(1, models)
-        self._service = service
-        self._vocab_size = vocab_size
-        self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the service has
-        self._orders: dict[int, DraftOrder] = {}
-        self._request = speculator_pb2.SpeculateRequest()
-
-    def send(self, step: int, orders: Sequence[DraftOrder]) -> bool:
-        self._orders = {order.sequence.id: order for order in orders}
-        self._request = wire.speculate_request(step, orders, self._known)
-        for order in orders:
-            self._known[order.sequence.id] = len(order.sequence.tokens)
-        return True
-
-    def receive(self, step: int, deadline: float) -> Mapping[int, list[TokenTree]]:
-        response = self._service.answer(STREAM, self._request)
-        return wire.read_drafts(response, self._orders, self._vocab_size)
-
-    def forget(self, sequence: RunningSequence) -> None:
-        if (known := self._known.pop(sequence.id, None)) is not None:
-            message = speculator_pb2.SpeculateRequest()
-            wire.add_endings(message, {sequence.id: sequence.tokens[known:]})
-            self._service.answer(STREAM, message)
-
-    def open(self, sequences: Sequence[RunningSequence]) -> None:
-        """Prompts are computed with their first drafts."""
-
-    def flush(self) -> None:
-        """Endings are passed on at once."""
-
-
 def decode(
     bench: Bench, runner: Runner, drafting: Drafting, prompts: Sequence[Tokens], new_tokens: int, seed: int
 ) -> Decoded:
     """Decode all prompts together, each up to end-of-text or `new_tokens`.
 
     Raises:
-        InvalidRequest: a prompt and its new tokens exceed the LLM's context. StepFailed: a step broke.
+        InvalidRequest: a prompt and its new tokens exceed the LLM's context. StepFailed: a step broke. RuntimeError: a
+            draft did.
     """
     registry = CollectorRegistry()
     outputs: Outputs = queue.SimpleQueue()
@@ -129,6 +95,8 @@ def decode(
         texts, steps = _collect(outputs, len(prompts))
     finally:
         engine.stop()
+    if registry.get_sample_value("specserve_verifier_speculator_failures_total", FAILED):
+        raise RuntimeError("drafting failed: the figures would be those of plain decoding")
     nodes = registry.get_sample_value("specserve_verifier_draft_tokens_total") or 0
     return Decoded(texts, steps, int(nodes))
 
@@ -145,7 +113,7 @@ def _engine(
         draft_nodes=drafting.nodes,
         draft_depth=DEPTH,
     )
-    speculator = _speculator(bench, drafting)
+    speculator = _speculator(bench, drafting, metrics)
     settings = DraftSettings(sampling_rule(drafting.rule), drafting.widths, TIMEOUT_S)
     scheduler = Scheduler(bounds, runner.cache, context)
 
@@ -155,18 +123,18 @@ def _engine(
     return Engine(runner, scheduler, DraftCollector([speculator], settings, WholeDrafts()), metrics, sequences, fail)
 
 
-def _speculator(bench: Bench, drafting: Drafting) -> LocalSpeculator:
+def _speculator(bench: Bench, drafting: Drafting, metrics: VerifierMetrics) -> LocalSpeculator:
     """Look-up starts with nothing in every run: the texts are the same in all."""
-    models = [bench.models[name] for name in drafting.sources if name not in LOOKUPS]
+    names = [name for name in drafting.sources if name not in LOOKUPS]
     floor = SpeculatorSettings(insecure=True).min_confidence
     lookups: list[DraftSource] = []
     if PromptLookup.name in drafting.sources:
         lookups.append(PromptLookup(floor))
     if OutputLookup.name in drafting.sources:
         lookups.append(OutputLookup(floor, INDEXED_TOKENS))
-    vocab_size = bench.llm.facts.vocab_size
-    service = DraftService(models, lookups, vocab_size, SpeculatorMetrics(CollectorRegistry()))
-    return LocalSpeculator(service, len(models), vocab_size)
+    models, llm = [bench.models[name] for name in names], bench.llm.facts
+    service = DraftService(models, lookups, llm.vocab_size, SpeculatorMetrics(CollectorRegistry()))
+    return LocalSpeculator(HostedSpeculator(service, [bench.facts[name] for name in names]), llm, metrics)
 
 
 def _sink(outputs: Outputs, index: int) -> Sink:

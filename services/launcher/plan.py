@@ -14,7 +14,7 @@ from services.common.model_files import resolve_model
 from services.common.settings import SettingsError, given_settings, to_flags
 from services.launcher.readiness import grpc_alive_probe, grpc_probe, http_probe, redis_probe
 from services.launcher.redis_server import find_redis_server, redis_command, redis_url
-from services.launcher.settings import UpSettings
+from services.launcher.settings import SEPARATOR, UpSettings
 from services.launcher.supervisor import Service
 
 LOOPBACK = "127.0.0.1"
@@ -78,7 +78,7 @@ class Planner:
 
     def _speculator(self, index: int, address: str) -> Service:
         decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]} | ON_LOOPBACK
-        command = self._command("speculator", decided, SHARED)
+        command = self._module("speculator") + self._flags("speculator", decided, SHARED)
         if index:
             command += tuple(to_flags(FIRST_SPECULATOR_ONLY))
         name = "speculator" if len(self._settings.speculators) == 1 else f"speculator-{index + 1}"
@@ -91,7 +91,12 @@ class Planner:
             "llm": self._settings.llm,
             "speculator": speculators,
         } | ON_LOOPBACK
-        command = self._command("verifier", decided, (*SHARED, *SHARED_WITH_VERIFIER))
+        flags = self._flags("verifier", decided, (*SHARED, *SHARED_WITH_VERIFIER))
+        command = self._module("verifier") + flags
+        if self._settings.one_process:
+            small: dict[str, object] = {"ssm": self._settings.drafting, **ON_LOOPBACK}
+            drafting = self._flags("speculator", small, ())
+            command = (*self._module("launcher.one_process"), *flags, SEPARATOR, *drafting)
         return Service("verifier", command, grpc_probe(address), grpc_alive_probe(address))
 
     def _gateway(self, port: int, verifier: str, redis: str) -> Service:
@@ -106,10 +111,13 @@ class Planner:
             "https_key": None,
         } | ON_LOOPBACK
         url = f"http://{_reachable(settings.host)}:{port}"
-        command = self._command("gateway", decided, SHARED)
+        command = self._module("gateway") + self._flags("gateway", decided, SHARED)
         return Service("gateway", command, http_probe(f"{url}/ready"), http_probe(f"{url}/health"))
 
-    def _command(self, section: str, decided: Mapping[str, object], shared: tuple[str, ...]) -> tuple[str, ...]:
+    def _module(self, name: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", f"services.{name}")
+
+    def _flags(self, section: str, decided: Mapping[str, object], shared: tuple[str, ...]) -> tuple[str, ...]:
         given = given_settings(section, self._config, self._environ)
         if clash := sorted(given & decided.keys()):
             raise SettingsError(
@@ -118,7 +126,7 @@ class Planner:
             )
         values = dict(decided) | {name: getattr(self._settings, name) for name in shared if name not in given}
         config = [] if self._config is None else ["--config", str(self._config)]
-        return (sys.executable, "-m", f"services.{section}", *to_flags(values), *config)
+        return (*to_flags(values), *config)
 
 
 def _hold_port(held: ExitStack, host: str, wanted: int, flag: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -38,6 +39,18 @@ class DraftService:
 
     def answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
         """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol."""
+        started = time.perf_counter()
+        response = self._answer(stream, message)
+        response.work_seconds = time.perf_counter() - started
+        self._metrics.answer_seconds.observe(response.work_seconds)
+        return response
+
+    def end(self, stream: int) -> None:
+        """Forget everything that a stream has opened."""
+        for source in self._sources:
+            source.close_stream(stream)
+
+    def _answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
         unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
         for sequence_id in message.close:
             for source in self._sources:
@@ -59,11 +72,6 @@ class DraftService:
             nodes += sum([len(tree) - 1 for tree in trees])
         self._metrics.draft_tokens.inc(nodes)
         return response
-
-    def end(self, stream: int) -> None:
-        """Forget everything that a stream has opened."""
-        for source in self._sources:
-            source.close_stream(stream)
 
     def _open(self, stream: int, message: speculator_pb2.OpenSequence) -> None:
         tokens = list(message.token_ids)

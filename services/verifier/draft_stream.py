@@ -1,4 +1,4 @@
-"""One Speculate call: what goes to a speculator, what comes back, and what it knows."""
+"""One Speculate call: what goes to a speculator and what comes back, between the engine's thread and the event loop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import grpc
 
 from protos import speculator_pb2
 from services.verifier import wire
+from services.verifier.draft_dialogue import DraftDialogue
 from services.verifier.drafts import DraftOrder
 from services.verifier.outbox import Outbox
 from services.verifier.sequence import Sequence as RunningSequence
@@ -27,15 +28,20 @@ class DraftStream:
     `run` and `cancel` are the event loop's, everything else is the engine's thread's.
     """
 
-    def __init__(self, call: _Call, models: int, outbox: Outbox, on_answer: Callable[[float, float], None]) -> None:
+    def __init__(
+        self,
+        call: _Call,
+        models: int,
+        dialogue: DraftDialogue,
+        outbox: Outbox,
+        on_answer: Callable[[float, float], None],
+    ) -> None:
         self.models = models
+        self._dialogue = dialogue
         self._outbox = outbox
         self._on_answer = on_answer
         self._requests: asyncio.Queue[speculator_pb2.SpeculateRequest] = asyncio.Queue()
         self._responses: queue.SimpleQueue[speculator_pb2.SpeculateResponse | None] = queue.SimpleQueue()
-        self._known: dict[int, int] = {}  # sequence id -> how many of its tokens the speculator has
-        self._ended: dict[int, list[int]] = {}  # sequence id -> those of its tokens that the speculator does not have
-        self._orders: dict[int, DraftOrder] = {}
         self._unanswered = 0  # the step whose answer is outstanding; 0 for none
         self._sent_at = 0.0
         self._call = call
@@ -51,21 +57,13 @@ class DraftStream:
         return time.monotonic() - self._sent_at if self._unanswered else 0.0
 
     def open(self, sequences: Sequence[RunningSequence]) -> None:
-        if new := [sequence for sequence in sequences if sequence.id not in self._known]:
-            self._outbox.put(self._requests, wire.opening(new))
-            self._known.update({sequence.id: len(sequence.tokens) for sequence in new})
+        self._put(self._dialogue.opening(sequences))
 
     def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
         self._unanswered, self._sent_at = step, time.monotonic()
-        self._orders = {order.sequence.id: order for order in orders}
-        message = wire.speculate_request(step, orders, self._known)
-        wire.add_endings(message, self._ended)
-        self._ended = {}
-        self._outbox.put(self._requests, message)
-        for order in orders:
-            self._known[order.sequence.id] = len(order.sequence.tokens)
+        self._put(self._dialogue.order(step, orders))
 
-    def receive(self, step: int, deadline: float, vocab_size: int) -> Mapping[int, list[TokenTree]]:
+    def receive(self, step: int, deadline: float) -> Mapping[int, list[TokenTree]]:
         """The trees of a step.
 
         Raises:
@@ -84,19 +82,16 @@ class DraftStream:
             if response.step == step:
                 self._unanswered = 0
                 break
-        for sequence_id in response.unknown_sequence_ids:
-            self._known.pop(sequence_id, None)
-        return wire.read_drafts(response, self._orders, vocab_size)
+        return self._dialogue.drafts(response)
 
     def forget(self, sequence: RunningSequence) -> None:
-        if (known := self._known.pop(sequence.id, None)) is not None:
-            self._ended[sequence.id] = sequence.tokens[known:]
+        self._dialogue.forget(sequence)
 
     def flush(self) -> None:
-        if self._ended:
-            message = speculator_pb2.SpeculateRequest()
-            wire.add_endings(message, self._ended)
-            self._ended = {}
+        self._put(self._dialogue.endings())
+
+    def _put(self, message: speculator_pb2.SpeculateRequest | None) -> None:
+        if message is not None:
             self._outbox.put(self._requests, message)
 
     async def run(self) -> str:

@@ -38,7 +38,18 @@ class DraftOrder:
 
 
 class DraftSource(Protocol):
-    """A speculator as the engine sees it. Every method returns at once but `receive`; none raises."""
+    """A speculator as the engine sees it. No method raises.
+
+    Of one that drafts elsewhere, every method returns at once but `receive`.
+    """
+
+    @property
+    def names(self) -> Items[str]:
+        """Of its small models, once they are known."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it drafts while the engine does something else, or in this thread, when it is waited for."""
 
     @property
     def models(self) -> int:
@@ -82,6 +93,11 @@ class Asked:
     sources: Items[DraftSource]
     step: int
     deadline: float
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether drafts are being made while the engine does something else."""
+        return any(source.elsewhere for source in self.sources)
 
 
 class DraftCollector:

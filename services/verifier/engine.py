@@ -130,7 +130,7 @@ class Engine:
         if not plans:
             return  # all that ran was cancelled
         asked = self.drafts.ask(plans)
-        if asked.sources:
+        if asked.elsewhere:
             time.sleep(_HEAD_START_S)
         self._settle()  # while the speculators draft
         drafts = self.drafts.collect(asked)

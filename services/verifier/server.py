@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from protos import tree_pb2, verifier_pb2
 from protos.verifier_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
@@ -26,10 +27,11 @@ from services.common.model_facts import ModelFacts, ModelMismatch
 from services.common.tls import security_of
 from services.verifier import wire
 from services.verifier.budget import DraftBudget, WholeDrafts
-from services.verifier.drafts import DraftCollector, DraftSettings
+from services.verifier.drafts import DraftCollector, DraftSettings, DraftSource
 from services.verifier.engine import Engine
 from services.verifier.kept_file import KeptFile
 from services.verifier.knowledge import VERSION, Knowledge
+from services.verifier.local_speculator import Answers, LocalSpeculator
 from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
@@ -105,10 +107,16 @@ def _failure(error: Exception) -> StatusError:
 
 
 @asynccontextmanager
-async def serve(settings: VerifierSettings, lifecycle: Lifecycle, place: Place | None = None) -> AsyncIterator[None]:
+async def serve(
+    settings: VerifierSettings,
+    lifecycle: Lifecycle,
+    place: Place | None = None,
+    host: Callable[[CollectorRegistry], Answers] | None = None,
+) -> AsyncIterator[None]:
     """Load the model, connect the speculators, serve until the context ends.
 
-    place: of rank 0 in a group that torchrun started.
+    place: of rank 0 in a group that torchrun started. host: makes a speculator that drafts in this process, beside the
+    model; it gets the registry for its metrics.
     """
     security = security_of(settings, settings.tls_server_name)
     with joined(settings, place) as group:
@@ -117,11 +125,15 @@ async def serve(settings: VerifierSettings, lifecycle: Lifecycle, place: Place |
         runner = Runner(loaded.model, loaded.cache)
         outbox = Outbox(asyncio.get_running_loop())
         links = [SpeculatorLink(at, security, loaded.facts, metrics, outbox) for at in settings.speculator]
+        sources: list[DraftSource] = [*links]
+        if host is not None:
+            hosted = await asyncio.to_thread(host, lifecycle.registry)
+            sources.append(_local(hosted, loaded.facts, metrics))
         async with (
             _connected(links, settings.speculator_wait_s),
-            _budget(settings, loaded, runner, links, metrics) as budget,
+            _budget(settings, loaded, runner, sources, metrics) as budget,
         ):
-            engine = _build_engine(settings, loaded, runner, budget, links, metrics, lifecycle)
+            engine = _build_engine(settings, loaded, runner, budget, sources, metrics, lifecycle)
             server = aio_server(lifecycle)
             add_VerifierServicer_to_server(Servicer(engine, loaded.facts, outbox), server)
             endpoint = Endpoint(settings.host, settings.port, settings.health_port)
@@ -150,6 +162,13 @@ async def _connected(links: Sequence[SpeculatorLink], wait_s: float) -> AsyncIte
         yield
 
 
+def _local(hosted: Answers, llm: ModelFacts, metrics: VerifierMetrics) -> LocalSpeculator:
+    try:
+        return LocalSpeculator(hosted, llm, metrics)
+    except ModelMismatch as error:
+        raise StartupError(str(error)) from None
+
+
 def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepModel]:
     use_threads(settings.threads, 1 if group is None else group.place.local_ranks)
     options = options_of(settings, None if group is None else group.place)
@@ -169,7 +188,7 @@ def _build_engine(
     loaded: LoadedModel[StepModel],
     runner: Runner,
     budget: DraftBudget[Any],
-    links: Sequence[SpeculatorLink],
+    sources: Sequence[DraftSource],
     metrics: VerifierMetrics,
     lifecycle: Lifecycle,
 ) -> Engine:
@@ -177,14 +196,14 @@ def _build_engine(
         max_sequences=settings.max_sequences,
         max_step_rows=settings.max_step_rows,
         prefill_chunk=settings.prefill_chunk,
-        draft_nodes=settings.draft_nodes if links else 0,
+        draft_nodes=settings.draft_nodes if sources else 0,
         draft_depth=settings.draft_depth,
     )
     drafting = DraftSettings(settings.acceptance, settings.draft_width, settings.draft_timeout_ms / 1000)
     return Engine(
         runner,
         Scheduler(bounds, loaded.cache, loaded.facts.context_length),
-        DraftCollector(links, drafting, budget),
+        DraftCollector(sources, drafting, budget),
         metrics,
         settings.max_waiting,
         lifecycle.fail,
@@ -196,15 +215,14 @@ async def _budget(
     settings: VerifierSettings,
     loaded: LoadedModel[StepModel],
     runner: Runner,
-    links: Sequence[SpeculatorLink],
+    sources: Sequence[DraftSource],
     metrics: VerifierMetrics,
 ) -> AsyncIterator[DraftBudget[Any]]:
     """One that measures keeps what it learns over restarts."""
-    if settings.draft_always or settings.draft_width or not (links and settings.draft_nodes):
+    if settings.draft_always or settings.draft_width or not (sources and settings.draft_nodes):
         yield WholeDrafts()
         return
-    models = sorted(name for link in links for name in link.names)
-    knowledge = await asyncio.to_thread(_knowledge, settings, loaded, runner, models)
+    knowledge = await asyncio.to_thread(_knowledge, settings, loaded, runner, sources)
     curve = knowledge.budget.curve
     for rows in curve.points:
         metrics.step_curve.labels(rows).set_function(partial(curve.seconds, rows))
@@ -213,14 +231,19 @@ async def _budget(
 
 
 def _knowledge(
-    settings: VerifierSettings, loaded: LoadedModel[StepModel], runner: Runner, models: list[str]
+    settings: VerifierSettings, loaded: LoadedModel[StepModel], runner: Runner, sources: Sequence[DraftSource]
 ) -> Knowledge:
     """Measures the steps of the model, which takes a second or two, unless it is known what they take."""
     most_rows = min(settings.max_step_rows, settings.max_sequences * (1 + settings.draft_nodes))
     times = StepTimes(settings.step_times, loaded, (settings.tensor_parallel, settings.pipeline_parallel))
     points = times.points(runner, most_rows)
     bounds = (settings.draft_nodes, settings.draft_depth)
-    file = KeptFile(
-        "drafting", settings.step_times, {**times.facts, "drafting": VERSION, "models": models, "bounds": bounds}
-    )
+    facts = {
+        **times.facts,
+        "drafting": VERSION,
+        "models": sorted(name for source in sources for name in source.names),
+        "elsewhere": sorted(source.elsewhere for source in sources),
+        "bounds": bounds,
+    }
+    file = KeptFile("drafting", settings.step_times, facts)
     return Knowledge(file, lambda: MeasuredBudget(StepCurve(points), *bounds))

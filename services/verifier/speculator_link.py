@@ -20,6 +20,7 @@ from services.common.grpc_setup import aio_channel
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
 from services.common.tls import Security
 from services.verifier import wire
+from services.verifier.draft_dialogue import DraftDialogue
 from services.verifier.draft_stream import DraftStream
 from services.verifier.drafts import DraftOrder
 from services.verifier.metrics import VerifierMetrics
@@ -42,6 +43,8 @@ class SpeculatorLink:
     The first failure to connect is not an error: the engine decodes plainly until the speculator is there. A speculator
     with another tokenizer is refused, again at each reconnection.
     """
+
+    elsewhere = True
 
     def __init__(
         self, address: str, security: Security, llm: ModelFacts, metrics: VerifierMetrics, outbox: Outbox
@@ -104,7 +107,7 @@ class SpeculatorLink:
         if stream is None:
             return {}
         try:
-            return stream.receive(step, deadline, self._llm.vocab_size)
+            return stream.receive(step, deadline)
         except TimeoutError:
             self._metrics.speculator_failures.labels(self.address, "late").inc()
         except InvalidTree as error:
@@ -166,7 +169,8 @@ class SpeculatorLink:
         self.names = names
         # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
         call = stub.Speculate(metadata=((TOKENIZER_METADATA, self._llm.tokenizer_identity),))
-        stream = DraftStream(call, max(1, len(names)), self._outbox, self._count_answer)
+        dialogue = DraftDialogue(self._llm.vocab_size)
+        stream = DraftStream(call, max(1, len(names)), dialogue, self._outbox, self._count_answer)
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)

@@ -132,8 +132,24 @@ def test_a_bad_request_is_named(stack: Stack) -> None:
     assert caught.value.param == "max_tokens"
 
 
+@pytest.fixture(scope="module")
+def stack_of_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(tmp_path_factory.mktemp("processes"), "--threads", "1", "--speculator-process").running() as running:
+        yield running
+
+
 @pytest.mark.parametrize("service", ["services.speculator", "services.verifier"])
-def test_a_service_killed_in_the_middle_changes_no_text(service: str, stack: Stack) -> None:
+def test_a_service_killed_in_the_middle_changes_no_text(service: str, stack_of_processes: Stack) -> None:
+    _survives(service, stack_of_processes)
+
+
+def test_a_verifier_killed_with_its_speculator_changes_no_text(stack: Stack, stack_of_processes: Stack) -> None:
+    _survives("services.launcher.one_process", stack)
+    assert stack.complete(400) == stack_of_processes.complete(400)
+
+
+def _survives(service: str, stack: Stack) -> None:
+    """A stream whose service is killed has the same text, and the service comes back."""
     whole = stack.complete(400)
     pid = stack.pids()[service]
     stream = stack.client.completions.create(
@@ -180,7 +196,7 @@ def test_ctrl_c_ends_everything_and_leaves_nothing(tmp_path: Path) -> None:
     stack = Stack(tmp_path, "--threads", "1")
     stack.wait_ready()
     pids = stack.pids()
-    assert set(pids) == {"redis", "services.speculator", "services.verifier", "services.gateway"}
+    assert set(pids) == {"redis", "services.launcher.one_process", "services.gateway"}
     assert stack.interrupt() in (0, 130)
     assert not [name for name, pid in pids.items() if Path(f"/proc/{pid}").exists()]
     with pytest.raises(httpx.ConnectError):

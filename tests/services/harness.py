@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,13 @@ from services.common.settings import ServiceSettings
 from services.common.tls import INSECURE
 from services.speculator.server import serve as serve_speculator
 from services.speculator.settings import SpeculatorSettings
+from services.verifier.local_speculator import Answers
 from services.verifier.server import serve as serve_verifier
 from services.verifier.settings import VerifierSettings
 from tests.ports import free_port
 
 S = TypeVar("S", bound=ServiceSettings)
+Host = Callable[[CollectorRegistry], Answers]
 
 TIMEOUT_S = 120
 DRAIN = {"drain_timeout_s": 5.0}
@@ -64,8 +67,11 @@ class Services:
         self._start(SpeculatorSettings(**values), serve_speculator)
         return f"127.0.0.1:{port}"
 
-    def verifier(self, llm: Path, *speculators: str, **settings: Any) -> Verifier:
-        """Start a verifier and return a client of it. Unlike by default, every sequence drafts whole trees."""
+    def verifier(self, llm: Path, *speculators: str, host: Host | None = None, **settings: Any) -> Verifier:
+        """Start a verifier and return a client of it. Unlike by default, every sequence drafts whole trees.
+
+        host: makes a speculator inside of it.
+        """
         port = free_port()
         values: dict[str, Any] = {
             "llm": str(llm),
@@ -77,7 +83,7 @@ class Services:
             "threads": 1,
             "insecure": "tls_cert" not in settings,
         } | settings
-        registry = self._start(VerifierSettings(**values), serve_verifier)
+        registry = self._start(VerifierSettings(**values), partial(serve_verifier, host=host))
         return Verifier(f"127.0.0.1:{port}", registry)
 
     def _start(self, settings: S, serve: Serve[S]) -> CollectorRegistry:

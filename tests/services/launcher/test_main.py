@@ -96,7 +96,7 @@ def test_up_complete_and_ctrl_c(up: Running) -> None:
     assert "404" in refused.stderr
     assert "other" in refused.stderr
 
-    assert re.search(r"gateway: stopped(.|\n)*verifier: stopped(.|\n)*speculator: stopped", stopped(process))
+    assert re.search(r"gateway: stopped(.|\n)*verifier: stopped", stopped(process))
 
 
 def test_up_without_a_small_model_looks_drafts_up(models: tuple[Path, Path], free_port: Callable[[], int]) -> None:
@@ -104,7 +104,17 @@ def test_up_without_a_small_model_looks_drafts_up(models: tuple[Path, Path], fre
         first, second = cost(url), cost(url)
         assert first[0] == second[0]
         assert second[1] < first[1], "the second finds the first one's output"
-        assert "speculator is ready" in stopped(process)
+        assert stopped(process)
+
+
+def test_up_with_a_process_for_the_speculator(models: tuple[Path, Path], free_port: Callable[[], int]) -> None:
+    llm, ssm = map(str, models)
+    with started("--llm", llm, "--ssm", ssm, "--speculator-process", "--port", str(free_port())) as (process, url):
+        tokens, steps = cost(url)
+        assert steps < tokens
+        err = stopped(process)
+    assert "speculator is ready" in err
+    assert re.search(r"gateway: stopped(.|\n)*verifier: stopped(.|\n)*speculator: stopped", err)
 
 
 def test_up_with_a_speculator_for_each_small_model(models: tuple[Path, Path], free_port: Callable[[], int]) -> None:

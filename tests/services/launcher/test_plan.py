@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ def settings(tmp_path: Path) -> UpSettings:
     for name in ("llm", "ssm-a", "ssm-b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    return UpSettings(llm=str(tmp_path / "llm"), ssm=(str(tmp_path / "ssm-a"), str(tmp_path / "ssm-b")), port=0)
+    ssms = (str(tmp_path / "ssm-a"), str(tmp_path / "ssm-b"))
+    return UpSettings(llm=str(tmp_path / "llm"), ssm=ssms, port=0, speculator_process=True)
 
 
 def make(settings: UpSettings, config: Path | None = None, environ: Mapping[str, str] | None = None) -> Plan:
@@ -75,6 +77,31 @@ def test_every_flag_is_a_setting_of_its_service(settings: UpSettings) -> None:
     for name, cls in classes.items():
         known = {"--" + field.name.replace("_", "-") for field in fields_of(cls)}
         assert flags(plan, name).keys() <= known
+
+
+def test_one_process_drafts_and_verifies(settings: UpSettings) -> None:
+    plan = make(replace(settings, speculator_process=False), environ={"SPECSERVE_SPECULATOR_BEAM": "3"})
+    assert [service.name for service in plan.services] == ["redis", "verifier", "gateway"]
+    command = plan.services[1].command
+    assert command[:3] == (sys.executable, "-m", "services.launcher.one_process")
+    own, drafting = command[3 : command.index("--")], command[command.index("--") + 1 :]
+    assert f"--llm={settings.llm}" in own
+    assert not [flag for flag in own if flag.startswith("--speculator")]
+    assert [flag for flag in drafting if flag.startswith("--ssm")] == [f"--ssm={ssm}" for ssm in settings.ssm]
+    assert "--insecure" in drafting
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [{"speculator_process": True}, {"speculator_per_ssm": True}, {"speculator_port": 20_017}, {"tensor_parallel": 2}],
+)
+def test_what_puts_the_speculator_into_a_process_of_its_own(apart: dict[str, Any], settings: UpSettings) -> None:
+    together = replace(settings, speculator_process=False)
+    assert together.one_process
+    assert not together.speculators
+    assert not replace(together, **apart).one_process
+    assert replace(together, **apart).speculators
+    assert not replace(together, speculator=False).one_process
 
 
 def test_without_a_speculator(settings: UpSettings) -> None:

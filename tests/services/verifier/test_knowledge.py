@@ -92,7 +92,7 @@ def test_none_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_verifier_writes_what_it_learned_when_it_stops_and_reads_it_when_it_starts(
     llm: Path, ssms: list[Path], tmp_path: Path
 ) -> None:
-    options = {"draft_always": False, "step_times": str(tmp_path)}
+    options: dict[str, Any] = {"draft_always": False, "step_times": str(tmp_path)}
 
     def learned() -> tuple[Path, dict[str, Any]]:
         with services() as running:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_where_they_are_kept(loaded: LoadedModel[StepModel], tmp_path: Path, mon
 def test_a_verifier_with_a_budget_serves_the_same_text(
     llm: Path, ssms: list[Path], running: Services, tmp_path: Path
 ) -> None:
-    options = {"draft_always": False, "step_times": str(tmp_path)}
+    options: dict[str, Any] = {"draft_always": False, "step_times": str(tmp_path)}
     plain = running.verifier(llm)
     budgeted = running.verifier(llm, running.speculator(ssms[0]), **options)
     assert len(list(tmp_path.glob("step-times-*"))) == 1

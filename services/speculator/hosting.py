@@ -1,0 +1,29 @@
+"""A speculator inside of the process of the one verifier that it drafts for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protos import speculator_pb2
+from services.common.model_facts import ModelFacts
+from services.speculator.draft_service import DraftService
+
+# A speculator keeps apart what its streams open; here there is one.
+_STREAM = 1
+
+
+@dataclass(frozen=True)
+class HostedSpeculator:
+    """Answers messages as in a Speculate stream that never ends. facts: of the small models."""
+
+    service: DraftService
+    facts: Sequence[ModelFacts]
+
+    def answer(self, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+        """Raises ValueError when the message breaks the protocol."""
+        return self.service.answer(_STREAM, message)
+
+    def restart(self) -> None:
+        """Forget every sequence."""
+        self.service.end(_STREAM)
