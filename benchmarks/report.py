@@ -55,7 +55,7 @@ def _method(conditions: Conditions) -> str:
         f"{conditions.prompts} prompts, up to {conditions.new_tokens} new tokens each or end-of-text, "
         f"{conditions.rounds} rounds; in a round every configuration answers all prompts, one at a time, with nothing "
         "else running, and every other round goes through the configurations in reverse. Prompts are sent as token "
-        "ids. SpecServe is the whole stack as processes (Redis, speculator, verifier, gateway), llama.cpp and vLLM are "
+        "ids. SpecServe is the whole stack as processes (Redis, verifier with speculator, gateway), llama.cpp and vLLM are "
         "their own OpenAI servers; all are timed by the same HTTP client from the request to the end of the stream, "
         "with the same weights and as many threads for the LLM. Where a budget decides what SpecServe drafts, it has "
         "served each load once before, as a running service has; of the peers' settings several were tried. No "

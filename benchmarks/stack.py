@@ -41,7 +41,7 @@ class Stack:
 async def running_stack(
     up: UpSettings, options: ServiceOptions, on_line: Callable[[str], None]
 ) -> AsyncIterator[Stack]:
-    """Redis, speculator, verifier and gateway, ready to be asked; stopped when the context ends.
+    """Redis, verifier with speculator, and gateway, ready to be asked; stopped when the context ends.
 
     up: its ports are ignored, free ones are taken. options: for the services. on_line: gets their log lines.
     The environment's own settings of the services are left out, so that a run measures what it states.

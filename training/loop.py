@@ -24,10 +24,6 @@ from training.files import cannot_write, write_json, write_state
 LossOfStep = Callable[[int, int], torch.Tensor]
 
 
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bf16 where the device computes them natively, fp32 elsewhere."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,6 +1,7 @@
 """Pretrain a small Llama from scratch on text files.
 
     python -m training.pretrain --corpus text.txt --tokenizer models/default-llm --out models/default-llm
+    torchrun --nproc-per-node 2 -m training.pretrain ...    # several GPUs, or several processes of a CPU
 
 Knows nothing of speculation. Matrices are trained with Muon, the rest with AdamW, on a
 warm-up / constant / linear-decay schedule, so that a run can be ended early by resuming it with fewer `--tokens`.
@@ -18,8 +19,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.corpus import CorpusFile, TokenArray, end_of_text, sample_windows, spread_windows, tokenize_corpus
+from training.distributed import joined_group
 from training.growth import start_from
-from training.loop import LoopSettings, TrainingRun, autocast, pick_device
+from training.loop import LoopSettings, TrainingRun, autocast
 
 
 def build_llama(
@@ -86,44 +88,49 @@ def main(
     seed: int = 0,
 ) -> None:
     """Pretrain a Llama; a killed run goes on from its last checkpoint when the command is repeated."""
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    training, held_out = tokenize_corpus([CorpusFile.parse(text) for text in corpus], vocabulary)
-    typer.echo(f"{len(training):,} training tokens, {len(held_out):,} held out")
-    with pick_device():
-        model = build_llama(
-            vocabulary.get_vocab_size(),
-            end_of_text(vocabulary),
-            context,
-            hidden_size,
-            layers,
-            heads,
-            kv_heads,
-            intermediate_size,
+    with joined_group() as group:
+        if threads:
+            torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+        training, held_out = tokenize_corpus([CorpusFile.parse(text) for text in corpus], vocabulary)
+        if group.leads:
+            typer.echo(f"{len(training):,} training tokens, {len(held_out):,} held out")
+        with group.device:
+            model = build_llama(
+                vocabulary.get_vocab_size(),
+                end_of_text(vocabulary),
+                context,
+                hidden_size,
+                layers,
+                heads,
+                kv_heads,
+                intermediate_size,
+            )
+        if init is not None:
+            start_from(model, init)
+        window = window or context
+        batch = batch_tokens // window
+        own = group.share(batch)
+        parts = -(-len(own) * window // micro_batch_tokens)
+        if compile:
+            model.compile()  # in place: what is saved keeps the names of its weights
+        learner = group.wrap(model)
+
+        def loss_of_step(step: int, part: int) -> torch.Tensor:
+            windows = sample_windows(training, batch, window, np.random.default_rng((seed, step)))
+            ids = windows[own][part::parts].to(group.device)
+            loss: torch.Tensor = learner(input_ids=ids, labels=ids).loss
+            return loss * (len(ids) * group.size / batch)  # gradients are averaged over the group
+
+        settings = LoopSettings(
+            steps=tokens // batch_tokens, parts=parts, tokens_per_step=batch_tokens, learning_rate=learning_rate
         )
-    if init is not None:
-        start_from(model, init)
-    window = window or context
-    batch, micro_batch = batch_tokens // window, max(1, micro_batch_tokens // window)
-    forward = torch.compile(model) if compile else model
-
-    def loss_of_step(step: int, part: int) -> torch.Tensor:
-        windows = sample_windows(training, batch, window, np.random.default_rng((seed, step)))
-        ids = windows[part * micro_batch : (part + 1) * micro_batch].to(model.device)
-        loss: torch.Tensor = forward(input_ids=ids, labels=ids).loss
-        return loss * (len(ids) / batch)
-
-    settings = LoopSettings(
-        steps=tokens // batch_tokens,
-        parts=-(-batch // micro_batch),
-        tokens_per_step=batch_tokens,
-        learning_rate=learning_rate,
-    )
-    run = TrainingRun(model, out, settings, "held-out loss in nats")
-    run.train(loss_of_step, lambda: held_out_loss(model, held_out, context))
-    run.export(tokenizer)
+        run = TrainingRun(model, out, settings, "held-out loss in nats", group)
+        run.train(loss_of_step, lambda: held_out_loss(model, held_out, context))
+        if group.leads:
+            run.export(tokenizer)
+        group.wait()
 
 
 if __name__ == "__main__":
