@@ -63,7 +63,7 @@ class UpSettings:
         "Stages of consecutive layers of the large model, in processes of their own.", default=1, minimum=1
     )
     threads: int = setting(
-        "CPU threads of the large model; 0: all cores. Small ones have their own setting.", default=0, minimum=0
+        "CPU threads of the large model, and of small ones inside of its process; 0: all cores.", default=0, minimum=0
     )
     start_timeout_s: float = setting("Seconds that a service may take to start.", default=300.0, minimum=1)
     drain_timeout_s: float = setting(

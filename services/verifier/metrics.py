@@ -91,7 +91,10 @@ class VerifierMetrics:
         self.preemptions = counter("preemptions", "Sequences that gave their KV back and were computed again.")
         self.speculator_up = gauge("speculator_up", "1 while the stream to a speculator is open.", "speculator")
         self.speculator_failures = counter(
-            "speculator_failures", "Late, hung, invalid, unavailable or failed speculators, by reason.", "speculator", "reason"
+            "speculator_failures",
+            "Late, hung, invalid, unavailable or failed speculators, by reason.",
+            "speculator",
+            "reason",
         )
 
     def count_step(self, report: StepReport) -> None:
