@@ -22,7 +22,7 @@ def describe_machine(threads: int) -> dict[str, str]:
         "system": _system(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "
         f"transformers {version('transformers')}",
-        "threads": f"{threads or cores} for the LLM, 1 for an SSM",
+        "threads": f"{threads or cores} for the LLM and an SSM in its process, 1 for an SSM in one of its own",
         "load": f"{os.getloadavg()[0]:.1f} runnable processes in the minute before the start",
     }
 

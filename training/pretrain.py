@@ -111,8 +111,13 @@ def main(
             start_from(model, init)
         window = window or context
         batch = batch_tokens // window
+        if batch == 0 or batch % group.size:  # else processes would wait for each other for ever
+            raise typer.BadParameter(
+                f"--batch-tokens {batch_tokens} is {batch} windows of {window}; give a multiple of "
+                f"{group.size * window}, so that each of {group.size} processes has as many"
+            )
         own = group.share(batch)
-        parts = -(-len(own) * window // micro_batch_tokens)
+        parts = -(-len(own) // max(1, micro_batch_tokens // window))
         if compile:
             model.compile()  # in place: what is saved keeps the names of its weights
         learner = group.wrap(model)

@@ -11,7 +11,7 @@ from speculation.tree import TokenTree
 
 
 class DraftSource(Protocol):
-    """Keeps a session for each open sequence and gives a tree when it is asked. Only the worker thread calls it."""
+    """Keeps a session for each open sequence and gives a tree when it is asked. One thread calls it."""
 
     def __contains__(self, key: SessionKey) -> bool:
         """Whether the session is open."""

@@ -26,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pretrain(corpus: Path, out: Path, *flags: str, processes: int = 1) -> dict[str, torch.Tensor]:
+def run(corpus: Path, out: Path, *flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     program = ["-m", "training.pretrain"]
     if processes > 1:
         program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
@@ -34,9 +34,13 @@ def pretrain(corpus: Path, out: Path, *flags: str, processes: int = 1) -> dict[s
     files = [f"--corpus={corpus / 'text.txt'}", f"--tokenizer={corpus}", f"--out={out}"]
     sizes = ["--batch-tokens=256", "--micro-batch-tokens=64", "--no-compile", "--threads=1"]
     command = [sys.executable, *program, *files, *shape, *sizes, *flags]
-    done = subprocess.run(
+    return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
+
+
+def pretrain(corpus: Path, out: Path, *flags: str, processes: int = 1) -> dict[str, torch.Tensor]:
+    done = run(corpus, out, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training tokens") == 1, "one of them tells"
     return load_file(out / "model.safetensors")
@@ -58,3 +62,17 @@ def test_a_run_goes_on_where_it_ended(corpus: Path, tmp_path: Path) -> None:
     assert steps == [10, 20]
     assert not any(torch.equal(part[name], longer[name]) for name in longer)
     assert all(torch.equal(longer[name], again[name]) for name in longer), "nothing was left to do"
+
+
+def test_micro_batches_smaller_than_a_window_are_of_one_window(corpus: Path, tmp_path: Path) -> None:
+    whole = pretrain(corpus, tmp_path / "whole", "--tokens=512", "--micro-batch-tokens=256")
+    parts = pretrain(corpus, tmp_path / "parts", "--tokens=512", "--micro-batch-tokens=1")
+    for name, weights in whole.items():
+        torch.testing.assert_close(parts[name], weights, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("tokens", [16, 96])
+def test_a_batch_that_cannot_be_shared_is_refused(tokens: int, corpus: Path, tmp_path: Path) -> None:
+    done = run(corpus, tmp_path / "out", f"--batch-tokens={tokens}", processes=2)
+    assert done.returncode != 0
+    assert "give a multiple of 64" in " ".join(done.stderr.replace("│", " ").split())
