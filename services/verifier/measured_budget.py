@@ -26,10 +26,11 @@ from speculation.merge import MergedDraft, merge_trees
 from speculation.step_curve import StepCurve
 from speculation.tree import TokenTree
 
-# Every so many drafted steps one is plain, and one verifies a whole tree, to see what is given away. Plain ones come
+# Every so many drafted steps one verifies a whole tree, and some are plain, to see what is given away. Plain ones come
 # sooner while few are known at this load, and where the gain is so small that a machine of changing speed can hide its
-# end; there they cost little.
-_PROBE_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 64, 16, 8
+# end; there they cost little. The first of them tells nothing: it pays for what the drafted step before left to do.
+_WHOLE_EVERY, _PLAIN_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 64, 128, 32, 8
+_PLAIN_TOGETHER = 2
 _SMALL_GAIN = 1.3
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
@@ -50,6 +51,7 @@ class _Step(Ask):
     price: StepPrice
     rows: int
     alone: bool  # whether it has no prompt chunks
+    behind_drafts: bool  # whether the step before had drafts
     option: Option | None = None
     fresh: float = 0.0  # tokens of the asked sequences that were new to the drafts
     sampled: bool = False  # whether a sequence has sampled children: what they bring must decide nothing for others
@@ -84,6 +86,7 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._reliability = Reliability()
         self._drafted_steps = self._drafts = 0
         self._rest = self._last_rest = 0  # steps
+        self._drafted_before = False  # whether the last step had drafts
         self._drafting = False  # whether the last step that might draft did so because it pays
 
     @property
@@ -100,7 +103,8 @@ class MeasuredBudget(DraftBudget[_Step]):
             decoding += plan.decodes
             chunks += plan.chunk_end - plan.sequence.cache.length
         reckoned = self._chooser.reckon(decoding, chunks + decoding)
-        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0)
+        before, self._drafted_before = self._drafted_before, False
+        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0, behind_drafts=before)
         if self._rest > 0:
             self._rest -= 1
             self._trials.wait(self._options)
@@ -132,12 +136,13 @@ class MeasuredBudget(DraftBudget[_Step]):
     def _drafted(self, step: _Step, choice: Choice, chosen: Sequence[Wish]) -> None:
         self._drafted_steps += 1
         self._last_rest = 0
-        turn = self._drafted_steps % (2 * _PROBE_EVERY)
+        turn = self._drafted_steps % (2 * _WHOLE_EVERY)
         option = self._options.all[choice.option]
-        if turn % self._plain_every(step, option) == 0:
+        every = self._plain_every(step, option)
+        if (turn % every) + _PLAIN_TOGETHER >= every:
             return
-        if turn % _PROBE_EVERY == _PROBE_EVERY // 2 + 1:  # never one that is plain
-            option = self._options.whole[turn > _PROBE_EVERY]
+        if turn % _WHOLE_EVERY == _WHOLE_EVERY // 2:  # never one that is plain
+            option = self._options.whole[turn > _WHOLE_EVERY]
             step.whole = chosen[0].id
         self._order(step, option, chosen, choice.size)
 
@@ -146,7 +151,7 @@ class MeasuredBudget(DraftBudget[_Step]):
         if guard.young:
             return _FIRST_PLAIN_EVERY
         # Of sampled children the guard knows nothing.
-        return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN and not step.sampled else _PROBE_EVERY
+        return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN and not step.sampled else _PLAIN_EVERY
 
     def _idle(self, step: _Step, wishes: Sequence[Wish]) -> None:
         wish = min(wishes, key=self._chooser.fresh)
@@ -159,6 +164,7 @@ class MeasuredBudget(DraftBudget[_Step]):
             self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
 
     def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> None:
+        self._drafted_before = True
         step.option, step.models, step.floor = option, option.models, option.floor
         option.cost.idle_steps = 0
         option.cost.measured += 1
@@ -211,7 +217,7 @@ class MeasuredBudget(DraftBudget[_Step]):
 
     def learn(self, step: _Step, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
         if step.option is None:
-            if step.alone and step.price.tokens and not step.opening:
+            if step.alone and step.price.tokens and not (step.opening or step.behind_drafts):
                 self._learn_plain(step, draft_seconds + step_seconds)
         elif step.answered:
             self._learn_acceptance(step, step.option, accepted)
