@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from speculation.by_load import ByLoad
+
 _PLAIN_STEPS = 3  # plain steps that must be known before any draft
 _PLAIN_MEMORY = 8.0
 # A gain below this is within what the models are wrong by.
@@ -125,31 +127,26 @@ class Guard:
 
 
 class Guards:
-    """One for each way to draft at each load, a power of two of the sequences that decode.
+    """One for each way to draft at each load.
 
     ways: how many ways are told apart.
     """
 
     def __init__(self, ways: int) -> None:
-        self._ways = ways
-        self._guards: dict[int, list[Guard]] = {}
+        self._guards = ByLoad(lambda many: [Guard(hopeful=many) for _ in range(ways)])
 
     def at(self, sequences: int) -> list[Guard]:
         """By way."""
-        load = sequences.bit_length()
-        if (guards := self._guards.get(load)) is None:
-            guards = self._guards[load] = [Guard(hopeful=load > 1) for _ in range(self._ways)]
-        return guards
+        return self._guards.at(sequences)
 
     def allow(self, sequences: int, way: int, gain: float) -> bool:
         """Whether the next step may draft, thought to give `gain` times the tokens per second of a plain one."""
         return self.at(sequences)[way].ready and gain >= _LEAST_GAIN
 
     def state(self) -> dict[str, Sequence[Sequence[float]]]:
-        return {str(load): [guard.state() for guard in guards] for load, guards in list(self._guards.items())}
+        return {load: [guard.state() for guard in guards] for load, guards in self._guards.items()}
 
     def restore(self, state: Mapping[str, Sequence[Sequence[float]]], share: float) -> None:
-        for load, kept in state.items():
-            least = 1 << int(load) >> 1  # sequences of that load
-            for guard, own in zip(self.at(least), kept, strict=True):
+        for guards, kept in self._guards.kept(state):
+            for guard, own in zip(guards, kept, strict=True):
                 guard.restore(own, share)

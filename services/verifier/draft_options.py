@@ -8,6 +8,7 @@ from typing import Any
 
 from services.verifier.candidates import Candidate
 from speculation.budget import StepPrice
+from speculation.by_load import ByLoad
 from speculation.children import ChildSelection
 from speculation.experience import Gain, LinearFit
 
@@ -23,20 +24,17 @@ _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 class Cost:
     """Milliseconds: of a round trip, of a sequence, of a level of its tree, of a token that is new to the drafts.
 
-    Of each load, a power of two of the sequences that decode, apart: what the step before hands out for all of them
-    keeps the cores from drafting, and many draft cheaper together than one after the other.
+    Of each load apart: what the step before hands out for all sequences keeps the cores from drafting, and many draft
+    cheaper together than one after the other.
     """
 
     def __init__(self) -> None:
-        self._fits: dict[int, LinearFit] = {}
+        self._fits = ByLoad(lambda many: LinearFit(_COSTS, _SURE_OF_MANY if many else _SURE_OF_ONE))
         self.idle_steps = 0  # since it was last measured, while no step drafts
         self.measured = 0
 
     def at(self, sequences: int) -> LinearFit:
-        load = sequences.bit_length()
-        if (fit := self._fits.get(load)) is None:
-            fit = self._fits[load] = LinearFit(_COSTS, _SURE_OF_MANY if load > 1 else _SURE_OF_ONE)
-        return fit
+        return self._fits.at(sequences)
 
     def seconds(self, sequences: int, features: Sequence[float]) -> float:
         return max(0.0, self.at(sequences).predict(features)) / 1000
@@ -45,12 +43,12 @@ class Cost:
         self.at(sequences).observe(features, 1000 * tamed(seconds, believed))
 
     def state(self) -> dict[str, Any]:
-        return {"fits": {str(load): fit.state() for load, fit in list(self._fits.items())}, "measured": self.measured}
+        return {"fits": {load: fit.state() for load, fit in self._fits.items()}, "measured": self.measured}
 
     def restore(self, state: dict[str, Any], share: float) -> None:
         """Raises ValueError or TypeError when it is of another form."""
-        for load, kept in state["fits"].items():
-            self.at(1 << int(load) >> 1).restore(kept, share)  # the least number of sequences of that load
+        for fit, kept in self._fits.kept(state["fits"]):
+            fit.restore(kept, share)
         self.measured = int(state["measured"])
 
 

@@ -1,0 +1,37 @@
+"""Things that are told apart by load: by the power of two that the number of decoding sequences lies below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+_State = TypeVar("_State")
+
+
+class ByLoad(Generic[_T]):
+    """One thing for each load, made when it is first asked for.
+
+    make: of a load of several sequences at once, or of one sequence.
+    """
+
+    def __init__(self, make: Callable[[bool], _T]) -> None:
+        self._make = make
+        self._things: dict[int, _T] = {}
+
+    def at(self, sequences: int) -> _T:
+        return self._of(sequences.bit_length())
+
+    def _of(self, load: int) -> _T:
+        if (thing := self._things.get(load)) is None:
+            thing = self._things[load] = self._make(load > 1)
+        return thing
+
+    def items(self) -> list[tuple[str, _T]]:
+        """With the keys of `kept`. From any thread."""
+        return [(str(load), thing) for load, thing in list(self._things.items())]
+
+    def kept(self, states: Mapping[str, _State]) -> Iterator[tuple[_T, _State]]:
+        """Each thing with what was kept of it. Raises ValueError where a key is no load."""
+        for load, state in states.items():
+            yield self._of(int(load)), state
