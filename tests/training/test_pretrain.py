@@ -71,6 +71,14 @@ def test_micro_batches_smaller_than_a_window_are_of_one_window(corpus: Path, tmp
         torch.testing.assert_close(parts[name], weights, rtol=0.05, atol=0.01)
 
 
+def test_both_ways_of_attention_learn_the_same(corpus: Path, tmp_path: Path) -> None:
+    sdpa = pretrain(corpus, tmp_path / "sdpa", "--tokens=512")
+    eager = pretrain(corpus, tmp_path / "eager", "--tokens=512", "--attention=eager")
+    for name, weights in sdpa.items():
+        torch.testing.assert_close(eager[name], weights, rtol=0.05, atol=0.01)
+    assert (tmp_path / "eager" / "config.json").read_text() == (tmp_path / "sdpa" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("tokens", [16, 96])
 def test_a_batch_that_cannot_be_shared_is_refused(tokens: int, corpus: Path, tmp_path: Path) -> None:
     done = run(corpus, tmp_path / "out", f"--batch-tokens={tokens}", processes=2)
