@@ -34,6 +34,7 @@ class Choice:
     """option: how to draft. chosen: which of the sequences, by their place; none for a plain step.
 
     size: nodes of each tree that this was reckoned with. tokens, seconds: to expect of the step and its drafts.
+    hoped: tokens that the choice was made for.
     """
 
     option: int
@@ -41,33 +42,45 @@ class Choice:
     size: int
     tokens: float
     seconds: float
+    hoped: float
 
     @property
     def rate(self) -> float:
         """Expected tokens per second."""
         return self.tokens / self.seconds
 
+    @property
+    def hoped_rate(self) -> float:
+        return self.hoped / self.seconds
 
-def choose_drafting(step: StepPrice, once: Floats, each: Floats, sizes: Sequence[int], gains: Floats) -> Choice:
+
+def choose_drafting(
+    step: StepPrice, once: Floats, each: Floats, sizes: Sequence[int], gains: Floats, hopes: Floats
+) -> Choice:
     """How to draft, and for which sequences; of all equal sizes and all first m sequences by gain less cost, the best.
 
     once: float64 [options], seconds of a round trip for anybody. each: [options, sequences], what a sequence adds.
     sizes: numbers of nodes that trees may be pruned to. gains: [options, sizes, sequences], expected accepted tokens of
         such a tree.
+    hopes: float64 [options], what the gains are taken times to decide whether and for whom to draft; trees are as large
+        as suits the gains themselves.
     """
-    plain = Choice(0, (), 0, step.tokens, step.seconds[0])
+    plain = Choice(0, (), 0, step.tokens, step.seconds[0], step.tokens)
     if gains.shape[2] == 0:
         return plain
-    order = np.argsort(each * plain.rate - gains.max(axis=1), axis=1, kind="stable")
-    tokens = step.tokens + np.cumsum(np.take_along_axis(gains, order[:, None], axis=2), axis=2)
+    order = np.argsort(each * plain.rate - hopes[:, None] * gains.max(axis=1), axis=1, kind="stable")
+    gained = np.cumsum(np.take_along_axis(gains, order[:, None], axis=2), axis=2)
     rows = np.minimum(np.outer(sizes, np.arange(1, gains.shape[2] + 1)), len(step.seconds) - 1)
     drafting = once[:, None] + np.cumsum(np.take_along_axis(each, order, axis=1), axis=1)
     seconds = np.asarray(step.seconds)[rows] + drafting[:, None]
-    option, size, most = np.unravel_index(int(np.argmax(tokens / seconds)), tokens.shape)
+    hoped = (step.tokens + hopes[:, None, None] * gained) / seconds
+    option, _, most = np.unravel_index(int(np.argmax(hoped)), hoped.shape)
+    size = int(np.argmax((step.tokens + gained[option, :, most]) / seconds[option, :, most]))
     chosen = tuple(sorted(order[option, : most + 1].tolist()))
-    place = (option, size, most)
-    best = Choice(int(option), chosen, sizes[int(size)], float(tokens[place]), float(seconds[place]))
-    return best if best.rate > plain.rate else plain
+    came, took = float(gained[option, size, most]), float(seconds[option, size, most])
+    tokens, wanted = step.tokens + came, step.tokens + float(hopes[option]) * came
+    best = Choice(int(option), chosen, sizes[size], tokens, took, wanted)
+    return best if best.hoped_rate > plain.rate else plain
 
 
 def best_prefix(step: StepPrice, probabilities: Sequence[float]) -> tuple[int, float]:

@@ -44,7 +44,8 @@ class Guard:
         self._plain, self._plain_steps = 0.0, 0
         self._account = self._mean = 0.0
         self._steps = self._sequences = 0  # drafted since the trial began
-        self._brought = self._took = 0.0  # means of the last ones: tokens for one of a plain step, plain steps
+        # Means of the last ones: tokens for one of a plain step, those that were promised for the time, plain steps.
+        self._brought = self._promised = self._took = 0.0
         self._accused = 0.0  # plain steps that seem to be lost, while plain ones are measured
         self._failures = 0
         self._pause = 0.0  # plain steps
@@ -56,8 +57,13 @@ class Guard:
 
     @property
     def hope(self) -> float:
-        """What accepted tokens that are thought to come are to be taken times."""
-        return _HOPE if self._hopeful and self._steps < _HOPEFUL_STEPS else 1.0
+        """What accepted tokens that are thought to come are to be taken times.
+
+        Drafting that gains more than was promised goes on where the promise alone would end it.
+        """
+        if self._hopeful and self._steps < _HOPEFUL_STEPS:
+            return _HOPE
+        return min(max(self._brought / self._promised, 1.0), _HOPE) if self._promised else 1.0
 
     @property
     def gain(self) -> float:
@@ -82,9 +88,12 @@ class Guard:
         if self._accused and self._plain_steps == _PLAIN_STEPS:
             self._judge()
 
-    def drafted(self, tokens: int, expected: float, sequences: int, seconds: float, believed: float) -> None:
+    def drafted(
+        self, tokens: int, expected: float, sequences: int, *, seconds: float, believed: float, promised: float
+    ) -> None:
         """A drafted step gave `tokens` tokens, of which `expected` were; a plain one gives `sequences` in `believed`.
 
+        promised: the gain in tokens per second for which it was chosen.
         In the first steps of a trial what was expected counts more: what comes of a few trees varies widely.
         """
         self._steps += 1
@@ -93,6 +102,7 @@ class Guard:
         brought, took = (tokens + weight * (expected - tokens)) / sequences, seconds / believed
         self._brought += (brought - self._brought) / min(self._steps, _RECENT)
         self._took += (took - self._took) / min(self._steps, _RECENT)
+        self._promised += (promised * took / self._plain - self._promised) / min(self._steps, _RECENT)
         gained = brought - took / self._plain
         self._account = min(self._account + gained, _MOST_SAVED)
         self._mean += (gained - self._mean) / min(self._steps, _LONG_RUN)

@@ -87,7 +87,7 @@ class DraftChooser:
             known = self._sampled_steps
         else:
             sequences, way = reckoned.price.tokens, self._options.way(self._options.all[choice.option])
-            if not self._guards.allow(sequences, way, choice.rate * reckoned.price.seconds[0] / sequences):
+            if not self._guards.allow(sequences, way, choice.hoped_rate * reckoned.price.seconds[0] / sequences):
                 return False
             known = self._guards.at(sequences)[way].steps
         reckoned.steps = min(reckoned.steps, known // _HOLD_SHARE)
@@ -105,10 +105,9 @@ class DraftChooser:
         fresh = np.array([self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2) for wish in wishes])
         each = (weights[:, 1] + weights[:, 2] * depth)[:, None] + np.outer(weights[:, 3], fresh)
         gains = np.array([[self._gain(option, wish) for wish in wishes] for option in options])
-        gains *= hope[:, None, None]
         bounds = np.array([min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes])
         gains = np.minimum(gains, bounds[:, None]).transpose(0, 2, 1)
-        choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains)
+        choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains, hope)
         return replace(choice, option=places[choice.option])
 
     def _gain(self, option: Option, wish: Wish) -> Sequence[float]:

@@ -34,6 +34,9 @@ _PLAIN_TOGETHER = 2
 _SMALL_GAIN = 1.3
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
+# Where several draft, so many times the nodes that pay in the mean are asked for, to keep the most probable ones of all
+# trees: more would take the small models' time for each of them.
+_ROOM = 3
 # Steps for which no draft is thought of when none pays, and for how many at most when none has for long: thinking costs
 # more than a small model's plain step can bear.
 _REST_STEPS, _LONGEST_REST = 8, 64
@@ -56,6 +59,7 @@ class _Step(Ask):
     fresh: float = 0.0  # tokens of the asked sequences that were new to the drafts
     sampled: bool = False  # whether a sequence has sampled children: what they bring must decide nothing for others
     whole: int | None = None  # the sequence whose tree is not pruned, to learn from it
+    promised: float = 1.0  # tokens per second that were expected, for one of a plain step
     trial: bool = False  # whether one sequence drafts though it does not pay
     answered: bool = False
     depth: int = 0  # sum over sequences
@@ -138,6 +142,7 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._last_rest = 0
         turn = self._drafted_steps % (2 * _WHOLE_EVERY)
         option = self._options.all[choice.option]
+        step.promised = choice.rate * step.price.seconds[0] / step.price.tokens
         every = self._plain_every(step, option)
         if (turn % every) + _PLAIN_TOGETHER >= every:
             return
@@ -170,8 +175,11 @@ class MeasuredBudget(DraftBudget[_Step]):
         option.cost.measured += 1
         for wish in chosen:
             nodes = wish.plan.draft_nodes
-            sampled = wish.selection is ChildSelection.SAMPLED  # such trees cannot be pruned
-            step.nodes[wish.id] = min(size, nodes) if sampled or step.trial else nodes
+            if step.trial or wish.selection is ChildSelection.SAMPLED:  # such trees cannot be pruned
+                nodes = min(size, nodes)
+            elif len(chosen) > 1 and wish.id != step.whole:
+                nodes = min(_ROOM * size, nodes)
+            step.nodes[wish.id] = nodes
             step.fresh += self._chooser.fresh(wish)
             self._chooser.told(wish.plan.sequence)
 
@@ -262,7 +270,14 @@ class MeasuredBudget(DraftBudget[_Step]):
         if not step.trial and not step.sampled:
             came = sum([len(path.token_ids) for path in accepted.values()])
             guard = self._guards.at(sequences)[self._options.way(option)]
-            guard.drafted(came, sequences + step.expected, sequences, seconds, step.price.seconds[0])
+            guard.drafted(
+                came,
+                sequences + step.expected,
+                sequences,
+                seconds=seconds,
+                believed=step.price.seconds[0],
+                promised=step.promised,
+            )
 
     def forget(self, sequence_id: int) -> None:
         self._chooser.forget(sequence_id)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speculation.budget import StepPrice, best_prefix, choose_drafting, nodes_that_pay
+from speculation.budget import Choice, StepPrice, best_prefix, choose_drafting, nodes_that_pay
 from speculation.experience import Gain, LinearFit, Reliability, promises
 from speculation.tree import TokenTree
 from tests.speculation.trees import confident_trees
@@ -56,7 +56,8 @@ def test_drafting_is_chosen_when_it_pays_and_never_otherwise(data: st.DataObject
     each = np.array([[data.draw(cost) for _ in range(sequences)] for _ in range(options)])
     gains = np.array([[[data.draw(gain) for _ in range(sequences)] for _ in sizes] for _ in range(options)])
     seconds = 1 + np.cumsum([data.draw(st.floats(0, 1)) for _ in range(4 * sequences + 1)])
-    choice = choose_drafting(StepPrice(sequences, seconds.tolist()), once, each, sizes, gains)
+    price = StepPrice(sequences, seconds.tolist())
+    choice = choose_drafting(price, once, each, sizes, gains, np.ones(options))
     plain = sequences / seconds[0]
     assert choice.rate >= plain
     if not choice.chosen:
@@ -72,8 +73,23 @@ def test_drafting_is_chosen_when_it_pays_and_never_otherwise(data: st.DataObject
         assert choice.rate >= whole / cost_of_all * (1 - 1e-9), "drafting for all is no better"
 
 
+def test_what_is_hoped_for_decides_whether_to_draft_and_not_how_much() -> None:
+    """Trees of 1, 2 or 4 nodes for both of two sequences, in steps of 1 s and 0.3 s more for each row."""
+    price = StepPrice(2, [1 + 0.3 * rows for rows in range(9)])
+    gains = np.array([[[0.4] * 2, [0.55] * 2, [0.8] * 2]])
+
+    def choice(hope: float) -> Choice:
+        return choose_drafting(price, np.zeros(1), np.zeros((1, 2)), [1, 2, 4], gains, np.array([hope]))
+
+    assert choice(1.0).chosen == ()
+    hopeful = choice(3.0)
+    assert (hopeful.chosen, hopeful.size) == ((0, 1), 1), "the best size of these gains, though not of thrice as many"
+    assert (hopeful.tokens, hopeful.hoped) == pytest.approx((2.8, 4.4))
+    assert hopeful.rate < 2 < hopeful.hoped_rate
+
+
 def test_no_sequence_no_draft() -> None:
-    choice = choose_drafting(StepPrice(2, [1.0]), np.zeros(1), np.zeros((1, 0)), [1], np.zeros((1, 1, 0)))
+    choice = choose_drafting(StepPrice(2, [1.0]), np.zeros(1), np.zeros((1, 0)), [1], np.zeros((1, 1, 0)), np.ones(1))
     assert (choice.chosen, choice.rate) == ((), 2.0)
 
 

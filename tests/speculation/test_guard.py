@@ -17,9 +17,9 @@ def settled(relative: float = 1.0) -> Guard:
     return guard
 
 
-def draft(guard: Guard, speedup: float, expected: float = 24.0) -> None:
-    """A step of 8 sequences that gain two tokens each, at this many times the plain rate."""
-    guard.drafted(tokens=24, expected=expected, sequences=8, seconds=0.030 / speedup, believed=0.010)
+def draft(guard: Guard, speedup: float, promised: float | None = None) -> None:
+    """A step of 8 sequences that gain two tokens each, at this many times the plain rate, as promised if not given."""
+    guard.drafted(24, 24.0, 8, seconds=0.030 / speedup, believed=0.010, promised=promised or speedup)
 
 
 def draft_until_refused(guard: Guard, speedup: float, steps: int) -> int:
@@ -78,6 +78,16 @@ def test_of_many_sequences_more_is_hoped_for_in_the_first_steps_of_a_trial() -> 
     assert many.gain == pytest.approx(1.5)
 
 
+def test_drafting_that_gains_more_than_was_promised_is_hoped_to_go_on() -> None:
+    guard = settled()
+    draft_until_refused(guard, 1.2, 64)
+    assert guard.hope == pytest.approx(1)
+    for promised, hope in ((1.0, 1.2), (1.5, 1.0), (0.6, 1.5)):
+        for _ in range(100):
+            draft(guard, 1.2, promised)
+        assert guard.hope == pytest.approx(hope, rel=0.01), "not less than promised, and not without bounds"
+
+
 def test_slightly_slower_drafts_are_given_up_in_the_long_run() -> None:
     guard = settled()
     draft_until_refused(guard, 2.0, 20)  # what was gained at first does not hide it
@@ -118,7 +128,7 @@ def test_bad_luck_with_the_first_trees_is_no_reason_to_stop() -> None:
     """One sequence, whose first trees bring nothing, at twice the cost of a plain step."""
     guard = settled()
     for _ in range(3):
-        guard.drafted(tokens=1, expected=3.5, sequences=1, seconds=0.020, believed=0.010)
+        guard.drafted(tokens=1, expected=3.5, sequences=1, seconds=0.020, believed=0.010, promised=1.75)
     assert guard.ready
 
 

@@ -75,6 +75,7 @@ class World:
         self.nodes: list[int] = []
         self.asked: list[int] = []
         self.models: list[bool] = []
+        self.wanted: list[int] = []  # most nodes of a tree, of steps that draft
         self.drafted: dict[int, int] = {}
         self.told: dict[int, int] = {}
         self.opened: list[Sequence] = []
@@ -124,6 +125,7 @@ class World:
         self.drafted = {i: sum(len(tree) - 1 for tree in found) for i, found in trees.items()}
         if trees:
             self.models.append(ask.models)
+            self.wanted.append(max(ask.nodes.values()))
         once, each, level = self.costs
         drafting = 0.000015
         if trees:
@@ -209,6 +211,16 @@ def test_large_trees_on_a_memory_bound_device_small_ones_on_a_cpu_none_when_the_
     assert nodes(memory_bound, 1) > 12 > 5 > nodes(small_cpu, 1) > 1.5
     assert nodes(memory_bound, 1) > nodes(memory_bound, 8) > nodes(memory_bound, 32) > 0.5
     assert nodes(small_cpu, 32) < 0.3
+
+
+def test_of_several_sequences_no_larger_trees_are_asked_for_than_may_pay() -> None:
+    """But for one whole tree now and then, to learn from it."""
+    for streams, whole in ((1, 1.0), (8, 0.05)):
+        world = World(small_cpu, right=0.9)
+        world.speedup(streams, steps=300)
+        last = world.wanted[-100:]
+        assert len(last) == 100
+        assert last.count(NODES) / 100 == pytest.approx(whole, abs=0.05)
 
 
 def best_fixed(step: Seconds, streams: int) -> float:
