@@ -9,13 +9,19 @@ from speculation.budget import StepPrice
 from speculation.experience import LinearFit
 from speculation.step_curve import StepCurve
 
+# The first steps of a process took up to three times as long as later ones: believed, they would spoil the whole curve.
+_COLD_STEPS = 32
+# Plain steps that are remembered: few, as they are rare and a slow minute must be over soon.
+_OVERHEAD_MEMORY = 24.0
+
 
 class StepPrices:
     """The curve by rows, and what it leaves out: milliseconds of a step, and of a sequence, whose tokens are sent."""
 
     def __init__(self, curve: StepCurve) -> None:
         self.curve = curve
-        self._overhead = LinearFit((0.0, 0.0), (1, 1))
+        self._overhead = LinearFit((0.0, 0.0), (1, 1), _OVERHEAD_MEMORY)
+        self._steps = 0
 
     def price(self, rows: int, decoding: int, most_nodes: int) -> StepPrice:
         """rows: without drafts. most_nodes: of all drafts together."""
@@ -26,13 +32,21 @@ class StepPrices:
 
     def learn_plain(self, rows: int, decoding: int, seconds: float, believed: float) -> None:
         """A plain step tells what the curve leaves out."""
+        if self._cold():
+            return
         beyond = tamed(seconds, believed) - self.curve.seconds(rows)
         self._overhead.observe((1, decoding), 1000 * beyond)
 
     def learn_drafted(self, rows: int, decoding: int, seconds: float) -> None:
         """A drafted one tells, beyond that, what its rows cost."""
+        if self._cold():
+            return
         overhead = self._overhead.predict((1, decoding)) / 1000
         self.curve.observe(rows, max(seconds - overhead, seconds / 4))
+
+    def _cold(self) -> bool:
+        self._steps += 1
+        return self._steps <= _COLD_STEPS
 
     def state(self) -> dict[str, Any]:
         return {"curve": self.curve.points, "overhead": self._overhead.state()}

@@ -49,7 +49,7 @@ class World:
     which more is left to hand out.
     looked_up: how often the token that look-up proposes is right. down: no speculator can be asked.
     prompt: tokens of each. fresh: seconds for each token that the drafts do not know. waking: share that drafting takes
-    longer behind a step without drafts.
+    longer behind a step without drafts. cold: steps in the beginning, each of which takes twice as long.
     """
 
     step: Seconds
@@ -68,6 +68,7 @@ class World:
     prompt: int = 3
     fresh: float = 0.0
     waking: float = 0.0
+    cold: int = 0
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -144,6 +145,8 @@ class World:
         self.asked.append(len(trees))
         verifying = self.step(rows) + self.overhead * len(sequences)
         verifying *= 1 + self.hidden * bool(trees) + self.behind * after_drafts
+        if len(self.nodes) <= self.cold:
+            drafting, verifying = 2 * drafting, 2 * verifying
         drafting, verifying = (value * self.random.lognormvariate(0, self.noise) for value in (drafting, verifying))
         self.budget.learn(ask, accepted, drafting, verifying)
         return sum(len(s.append(accepted[s.id].token_ids)) for s in sequences), drafting + verifying
@@ -259,6 +262,13 @@ def test_good_drafts_come_near_the_best_fixed_size(step: Seconds, streams: int) 
     assert sum(warm) / 16 > 0.95 * best
 
 
+def test_a_cold_start_does_not_spoil_what_is_known_of_large_steps() -> None:
+    for seed in range(8):
+        world = World(small_cpu, right=0.7, seed=seed, cold=24)
+        world.speedup(1, steps=400)
+        assert world.budget.curve.seconds(64) > 0.8 * small_cpu(64)
+
+
 @pytest.mark.parametrize("hidden", [0.0, 0.3])
 @pytest.mark.parametrize("right", [0.0, 0.3, 0.6])
 @pytest.mark.parametrize("streams", [1, 2, 4, 8, 16, 32])
@@ -321,9 +331,12 @@ def test_knowledge_of_another_form_is_refused() -> None:
     ids=["flat", "steep", "dear", "fast"],
 )
 def test_a_wrong_curve_is_corrected_while_serving(wrong: Seconds) -> None:
-    world = World(small_cpu, right=0.7, measured=wrong)
-    world.speedup(1, steps=1500)
-    assert world.speedup(1, steps=1500) > 1.2
+    later = []
+    for seed in range(6):
+        world = World(small_cpu, right=0.7, measured=wrong, seed=seed)
+        world.speedup(1, steps=1500)
+        later.append(world.speedup(1, steps=1500))
+    assert sum(later) / 6 > 1.2
     full = World(small_cpu, right=0.0, measured=wrong)
     full.speedup(16, steps=600)
     assert full.speedup(16, steps=600) > 0.97
