@@ -16,7 +16,7 @@ from services.verifier.knowledge import Knowledge
 from services.verifier.measured_budget import MeasuredBudget
 from speculation.step_curve import StepCurve
 from tests.services.harness import services
-from tests.services.verifier.test_budget import World, memory_bound
+from tests.services.verifier.simulated_machine import World, memory_bound
 
 
 def known(folder: Path, **facts: object) -> Knowledge:
