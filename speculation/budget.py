@@ -20,21 +20,26 @@ Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class StepPrice:
-    """What a step costs.
+    """What a step costs that gives `tokens` tokens without drafts.
 
-    seconds: by extra rows [most rows + 1]: seconds[0] is the step without any draft node. Never falling.
+    seconds: float64 [most nodes + 1], by verified draft nodes. Never falling.
     """
 
     tokens: int
-    seconds: Sequence[float]
+    seconds: Floats
+
+    def of(self, nodes: int) -> float:
+        """Seconds of the step with so many draft nodes."""
+        return float(self.seconds[nodes])
 
 
 @dataclass(frozen=True)
 class Choice:
     """option: how to draft. chosen: which of the sequences, by their place; none for a plain step.
 
-    size: nodes of each tree that this was reckoned with. tokens, seconds: to expect of the step and its drafts.
-    hoped: tokens that the choice was made for.
+    size: nodes of each tree that this was reckoned with. tokens, seconds: to expect of the step and its drafts; what
+        sharing saves is taken off the seconds.
+    hoped: tokens that the choice was made for. sharing: as given.
     """
 
     option: int
@@ -43,6 +48,7 @@ class Choice:
     tokens: float
     seconds: float
     hoped: float
+    sharing: float = 1.0
 
     @property
     def rate(self) -> float:
@@ -55,40 +61,48 @@ class Choice:
 
 
 def choose_drafting(
-    step: StepPrice, once: Floats, each: Floats, sizes: Sequence[int], gains: Floats, hopes: Floats
+    step: StepPrice,
+    once: Floats,
+    each: Floats,
+    sizes: Sequence[int],
+    gains: Floats,
+    hopes: Floats,
+    sharing: float = 1.0,
 ) -> Choice:
     """How to draft, and for which sequences; of all equal sizes and all first m sequences by gain less cost, the best.
 
-    once: float64 [options], seconds of a round trip for anybody. each: [options, sequences], what a sequence adds.
+    once: float64 [options], seconds of a round trip for anybody. each: [options, sizes, sequences], what one adds.
     sizes: numbers of nodes that trees may be pruned to. gains: [options, sizes, sequences], expected accepted tokens of
         such a tree.
     hopes: float64 [options], what the gains are taken times to decide whether and for whom to draft; trees are as large
         as suits the gains themselves.
+    sharing: what the rate becomes times when the nodes go where they are worth most, not in equal numbers to all.
     """
-    plain = Choice(0, (), 0, step.tokens, step.seconds[0], step.tokens)
+    plain = Choice(0, (), 0, step.tokens, step.of(0), step.tokens)
     if gains.shape[2] == 0:
         return plain
-    order = np.argsort(each * plain.rate - hopes[:, None] * gains.max(axis=1), axis=1, kind="stable")
+    lost = (each * plain.rate - hopes[:, None, None] * gains).min(axis=1)
+    order = np.argsort(lost, axis=1, kind="stable")
     gained = np.cumsum(np.take_along_axis(gains, order[:, None], axis=2), axis=2)
     rows = np.minimum(np.outer(sizes, np.arange(1, gains.shape[2] + 1)), len(step.seconds) - 1)
-    drafting = once[:, None] + np.cumsum(np.take_along_axis(each, order, axis=1), axis=1)
-    seconds = np.asarray(step.seconds)[rows] + drafting[:, None]
+    drafting = once[:, None, None] + np.cumsum(np.take_along_axis(each, order[:, None], axis=2), axis=2)
+    seconds = (step.seconds[rows] + drafting) / sharing
     hoped = (step.tokens + hopes[:, None, None] * gained) / seconds
     option, _, most = np.unravel_index(int(np.argmax(hoped)), hoped.shape)
     size = int(np.argmax((step.tokens + gained[option, :, most]) / seconds[option, :, most]))
     chosen = tuple(sorted(order[option, : most + 1].tolist()))
     came, took = float(gained[option, size, most]), float(seconds[option, size, most])
     tokens, wanted = step.tokens + came, step.tokens + float(hopes[option]) * came
-    best = Choice(int(option), chosen, sizes[size], tokens, took, wanted)
+    best = Choice(int(option), chosen, sizes[size], tokens, took, wanted, sharing)
     return best if best.hoped_rate > plain.rate else plain
 
 
 def best_prefix(step: StepPrice, probabilities: Sequence[float]) -> tuple[int, float]:
     """How many of the nodes to verify, whose path probabilities fall, 0..len(probabilities), and the sum of theirs."""
     best, gained = 0, 0.0
-    tokens = float(step.tokens)
-    best_tokens, best_seconds = tokens, step.seconds[0]
-    for count, (probability, seconds) in enumerate(zip(probabilities, step.seconds[1:], strict=False), start=1):
+    tokens = best_tokens = float(step.tokens)
+    best_seconds, *dearer = step.seconds[: len(probabilities) + 1].tolist()
+    for count, (probability, seconds) in enumerate(zip(probabilities, dearer, strict=False), start=1):
         tokens += probability
         if tokens * best_seconds > best_tokens * seconds:
             best, gained = count, tokens - step.tokens

@@ -117,12 +117,17 @@ class Gain:
         self._weights = [_PRIOR_TREES] * len(sizes)
 
     def learn(self, probabilities: Sequence[float], asked: int, memory: float = GAIN_MEMORY) -> None:
-        """probabilities: of the paths of a tree's nodes, falling; 1 for those known to be right. asked: its room."""
+        """probabilities: of the paths of a tree's nodes, falling; 1 for those known to be right. asked: its room.
+
+        Larger trees are thought to bring as much more, or less, as the largest of which this tells.
+        """
         sums = list(accumulate(probabilities, initial=0.0))
+        change = 0.0
         for index, size in enumerate(self.sizes):
             if size <= asked:
                 weight = self._weights[index] = min(self._weights[index] + 1, memory)
-                self.expected[index] += (sums[min(size, len(sums) - 1)] - self.expected[index]) / weight
+                change = (sums[min(size, len(sums) - 1)] - self.expected[index]) / weight
+            self.expected[index] += change
 
     def state(self) -> list[list[float]]:
         return [list(self.expected), list(self._weights)]
@@ -133,6 +138,30 @@ class Gain:
             if index >= len(self.sizes):
                 raise ValueError(f"gains of {len(state[0])} sizes, not of {len(self.sizes)}")
             self.expected[index], self._weights[index] = float(expected), max(_PRIOR_TREES, share * weight)
+
+
+class Mean:
+    """Of a positive quantity, with forgetting.
+
+    prior: before anything was measured, worth as much as one measurement.
+    """
+
+    def __init__(self, prior: float, memory: float = GAIN_MEMORY) -> None:
+        self.value = prior
+        self._weight = 1.0
+        self._memory = memory
+
+    def learn(self, value: float) -> None:
+        self._weight = min(self._weight + 1, self._memory)
+        self.value += (value - self.value) / self._weight
+
+    def state(self) -> list[float]:
+        return [self.value, self._weight]
+
+    def restore(self, state: Sequence[float], share: float) -> None:
+        """Raises ValueError or TypeError when it is of another form."""
+        value, weight = map(float, state)
+        self.value, self._weight = value, max(1.0, share * weight)
 
 
 class LinearFit:
@@ -146,9 +175,13 @@ class LinearFit:
         self._products = [[0.0] * len(prior) for _ in prior]
         self._targets = [0.0] * len(prior)
         self.weights = self._prior
+        self._solved = True  # whether the weights know all that was observed
 
     def solve(self) -> list[float]:
         """The weights anew, by all that was observed; until the next time predictions are made with these."""
+        if self._solved:
+            return self.weights
+        self._solved = True
         matrix = np.array(self._products) + np.diag(self._confidence)
         right = np.array(self._targets) + np.multiply(self._confidence, self._prior)
         self.weights = np.linalg.solve(matrix, right).tolist()
@@ -158,6 +191,7 @@ class LinearFit:
         return sum([weight * x for weight, x in zip(self.weights, features, strict=True)])
 
     def observe(self, features: Sequence[float], value: float) -> None:
+        self._solved = False
         keep = self._keep
         for row, (x, products) in enumerate(zip(features, self._products, strict=True)):
             self._products[row] = [keep * old + x * y for old, y in zip(products, features, strict=True)]
@@ -173,4 +207,5 @@ class LinearFit:
             raise ValueError(f"a fit of {len(targets)} weights, not of {len(self._prior)}")
         self._products = [[share * value for value in row] for row in products]
         self._targets = [share * value for value in targets]
+        self._solved = False
         self.solve()

@@ -129,11 +129,15 @@ class Guard:
         return [self._plain, self._plain_steps, self._account, self._mean, self._steps, self._failures, self._pause]
 
     def restore(self, state: Sequence[float], share: float) -> None:
-        """Raises ValueError or TypeError when it is of another form."""
+        """The trial goes on, without the hope of its first steps where they are over. Where the machine has changed,
+        drafting will seem to lose, and plain steps are measured anew before it is given up.
+
+        Raises ValueError or TypeError when it is of another form.
+        """
         plain, plain_steps, account, mean, steps, failures, pause = state
-        self._plain, self._plain_steps = float(plain), min(int(plain_steps), _PLAIN_STEPS)
+        self._plain, self._plain_steps = float(plain), int(plain_steps)
         self._account, self._mean, self._pause = share * account, float(mean), share * pause
-        self._steps, self._failures = round(share * min(steps, _LONG_RUN)), int(failures)
+        self._steps, self._failures = min(int(steps), _LONG_RUN), int(failures)
 
 
 class Guards:

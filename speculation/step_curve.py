@@ -9,6 +9,8 @@ from itertools import accumulate
 
 import numpy as np
 
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
 _RATE = 0.05  # share of a surprise that is believed, and more of the first ones:
 _FIRST = 5.0  # the n-th measurement at a point counts 1 / (_FIRST + n)
 _BEHIND = 0.1  # of that, the share that larger row counts believe too
@@ -31,15 +33,15 @@ class StepCurve:
         self._seconds = [points[rows] for rows in self._rows]
         self._measured = [0.0] * len(points)
         self._rising = list(accumulate(self._seconds, max))
-        self._table: list[float] = []  # empty: to be made again
+        self._table = np.empty(0)  # empty: to be made again
 
     @property
     def points(self) -> dict[int, float]:
         """The points as they are believed now, never falling."""
         return dict(zip(self._rows, self._rising, strict=True))
 
-    def table(self, rows: int) -> list[float]:
-        """At least rows + 1 entries: seconds of a step of each number of rows; that of 0 is that of 1."""
+    def table(self, rows: int) -> Floats:
+        """float64 [at least rows + 1], seconds of a step by its rows; that of 0 is that of 1."""
         if len(self._table) <= rows:
             self._tabulate(max(rows, self._rows[-1]))
         return self._table
@@ -67,7 +69,7 @@ class StepCurve:
             self._seconds[point] *= math.exp(rate * surprise * share)
             self._measured[point] += nearness
         self._rising = list(accumulate(self._seconds, max))
-        self._table = []
+        self._table = np.empty(0)
 
     def _nearness(self, point: int, upper: int, rows: int) -> float:
         """1 at a point, falling linearly to 0 at the next ones; all to the last point behind it."""
@@ -88,4 +90,4 @@ class StepCurve:
         if len(self._rows) > 1:
             slope = (self._rising[-1] - self._rising[-2]) / (self._rows[-1] - self._rows[-2])
             table += slope * np.maximum(0, at - self._rows[-1])
-        self._table = table.tolist()
+        self._table = table

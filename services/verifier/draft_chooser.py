@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,25 +11,30 @@ from services.verifier.budget import Wish
 from services.verifier.draft_options import Option, Options
 from services.verifier.sequence import Sequence as RunningSequence
 from services.verifier.step_prices import StepPrices
-from speculation.budget import Choice, StepPrice, choose_drafting
+from speculation.budget import Choice, Floats, StepPrice, choose_drafting
+from speculation.by_load import ByLoad
 from speculation.children import ChildSelection
-from speculation.experience import Gain
+from speculation.experience import Gain, Mean
 from speculation.guard import Guards
 
 # Steps that what was reckoned holds for; fewer in the beginning: one for so many drafted steps at this load.
 _HOLD_STEPS, _HOLD_SHARE = 32, 4
+# Kinds of steps that it is kept of.
+_MOST_HELD = 64
+# More is not believed of nodes that go where they are worth most.
+_MOST_BY_SHARING = 2.0
 
 
 @dataclass
 class Reckoned:
-    """What holds for `steps` more steps of as many rows and decoding sequences.
+    """What holds until the step number `until` for steps of as many rows and decoding sequences.
 
     choice: None before it is needed. ids: of the sequences that it was made for.
     """
 
     price: StepPrice
     rows: int
-    steps: int = _HOLD_STEPS
+    until: int
     choice: Choice | None = None
     ids: tuple[int, ...] = ()
 
@@ -45,6 +50,9 @@ class DraftChooser:
     """Maximises tokens per second by what is known of gains, costs and prices, where the guards allow it.
 
     own_gains: by id of the sequences with sampled children, about which nothing is learned from others.
+
+    It reckons with equal trees of all sequences. What it gains that nodes are kept where they are worth most, be it of
+    few trees, is learned for each load.
     """
 
     def __init__(self, options: Options, prices: StepPrices, guards: Guards, most_nodes: int) -> None:
@@ -55,19 +63,24 @@ class DraftChooser:
         self._most_nodes = most_nodes
         self._known: dict[int, int] = {}  # how many tokens of a sequence the drafts have
         self._sampled_steps = 0
-        self._reckoned: Reckoned | None = None
+        self._sharing = ByLoad(lambda many: Mean(1.0))
+        self._steps = 0
+        self._reckoned: dict[tuple[int, int], Reckoned] = {}
 
     def reckon(self, decoding: int, rows: int) -> Reckoned:
-        """What was reckoned last, where the step is like it; else the price alone."""
-        held = self._reckoned
-        if held is None or held.steps <= 0 or held.rows != rows or held.price.tokens != decoding:
-            held = self._reckoned = Reckoned(self._prices.price(rows, decoding, decoding * self._most_nodes), rows)
-        held.steps -= 1
+        """What was reckoned lately of a step like this one; else the price alone."""
+        self._steps += 1
+        held = self._reckoned.get((decoding, rows))
+        if held is None or held.until <= self._steps:
+            if len(self._reckoned) >= _MOST_HELD:
+                self._reckoned.clear()
+            price = self._prices.price(rows, decoding, decoding * self._most_nodes)
+            held = self._reckoned[decoding, rows] = Reckoned(price, rows, self._steps + _HOLD_STEPS)
         return held
 
     def reckon_anew(self) -> None:
         """What was just learned counts at once."""
-        self._reckoned = None
+        self._reckoned.clear()
 
     def choice(self, reckoned: Reckoned, wishes: Sequence[Wish], sampled: bool) -> Choice | None:
         """The best way to draft, if any pays and its guard allows it, which knows nothing of sampled children."""
@@ -77,7 +90,9 @@ class DraftChooser:
             return None
         ids = tuple([wish.id for wish in wishes])
         if reckoned.choice is None or not reckoned.fits(ids, sampled):
-            reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, hopes), ids
+            # Trees with sampled children are verified whole.
+            sharing = 1.0 if sampled else self._sharing.at(reckoned.price.tokens).value
+            reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, hopes, sharing), ids
         choice = reckoned.choice
         return choice if choice.chosen and self._allows(reckoned, choice, sampled) else None
 
@@ -87,35 +102,44 @@ class DraftChooser:
             known = self._sampled_steps
         else:
             sequences, way = reckoned.price.tokens, self._options.way(self._options.all[choice.option])
-            if not self._guards.allow(sequences, way, choice.hoped_rate * reckoned.price.seconds[0] / sequences):
+            if not self._guards.allow(sequences, way, choice.hoped_rate * reckoned.price.of(0) / sequences):
                 return False
             known = self._guards.at(sequences)[way].steps
-        reckoned.steps = min(reckoned.steps, known // _HOLD_SHARE)
+        reckoned.until = min(reckoned.until, self._steps + 1 + known // _HOLD_SHARE)
         return True
 
-    def _best(self, price: StepPrice, wishes: Sequence[Wish], hopes: Sequence[float]) -> Choice:
+    def _best(self, price: StepPrice, wishes: Sequence[Wish], hopes: Sequence[float], sharing: float) -> Choice:
         """hopes: what the gains of each way are taken times, 0 for one that may not draft."""
         places = [place for place, option in enumerate(self._options.all) if hopes[self._options.way(option)]]
         options = [self._options.all[place] for place in places]
         hope = np.array([hopes[self._options.way(option)] for option in options])
         solved = {cost: np.maximum(cost.at(price.tokens).solve(), 0) / 1000 for cost in self._options.costs}
         weights = np.array([solved[option.cost] for option in options])
-        depth = np.array([option.depth for option in options])
+        asked = [self._options.asked(size, len(wishes)) for size in self._options.sizes]
+        depth = np.array([[option.depth_of(nodes) for nodes in asked] for option in options])
         # What catches up once is of use in all later steps, about two tokens each.
         fresh = np.array([self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2) for wish in wishes])
-        each = (weights[:, 1] + weights[:, 2] * depth)[:, None] + np.outer(weights[:, 3], fresh)
-        gains = np.array([[self._gain(option, wish) for wish in wishes] for option in options])
-        bounds = np.array([min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes])
-        gains = np.minimum(gains, bounds[:, None]).transpose(0, 2, 1)
-        choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains, hope)
+        each = (weights[:, 1, None] + weights[:, 2, None] * depth)[:, :, None] + np.outer(weights[:, 3], fresh)[:, None]
+        tables = {selection: self._gains(options, selection) for selection in {wish.selection for wish in wishes}}
+        gains = np.stack([self._own(wish, tables[wish.selection]) for wish in wishes], axis=2)
+        choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains, hope, sharing)
         return replace(choice, option=places[choice.option])
 
-    def _gain(self, option: Option, wish: Wish) -> Sequence[float]:
-        if wish.selection is not ChildSelection.SAMPLED:
-            return option.gains[wish.selection].expected
-        if option is self._options.all[0]:
-            return self.own_gains.setdefault(wish.id, Gain(self._options.sizes)).expected
-        return [0.0] * len(self._options.sizes)
+    def _gains(self, options: Sequence[Option], selection: ChildSelection) -> Floats:
+        """Expected accepted tokens [options, sizes]; of sampled children none, but what each sequence itself says."""
+        if selection is ChildSelection.SAMPLED:
+            return np.zeros((len(options), len(self._options.sizes)))
+        return np.array([option.gains[selection].expected for option in options])
+
+    def _own(self, wish: Wish, gains: Floats) -> Floats:
+        """The gains of one sequence, which its tree's bounds may cut; of sampled children by the first option alone."""
+        if wish.selection is ChildSelection.SAMPLED:
+            gains[0] = self.own_gains.setdefault(wish.id, Gain(self._options.sizes)).expected
+        return np.minimum(gains, min(wish.plan.draft_nodes, wish.plan.draft_depth))
+
+    def learn_sharing(self, sequences: int, times: float) -> None:
+        """The nodes that were kept of several trees give `times` the rate that was reckoned with equal ones."""
+        self._sharing.at(sequences).learn(min(max(times, 1.0), _MOST_BY_SHARING))
 
     def fresh(self, wish: Wish) -> int:
         """How many of its tokens are new to the drafts."""
@@ -128,6 +152,15 @@ class DraftChooser:
     def told(self, sequence: RunningSequence) -> None:
         """The drafts get to know its tokens."""
         self._known[sequence.id] = len(sequence.tokens)
+
+    def state(self) -> dict[str, Sequence[float]]:
+        """What was learned, for JSON. From any thread."""
+        return {load: mean.state() for load, mean in self._sharing.items()}
+
+    def restore(self, state: Mapping[str, Sequence[float]], share: float) -> None:
+        """Raises ValueError or TypeError when it is of another form."""
+        for mean, kept in self._sharing.kept(state):
+            mean.restore(kept, share)
 
     def forget(self, sequence_id: int) -> None:
         self._known.pop(sequence_id, None)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
+
+import numpy as np
 
 from services.verifier.candidates import Candidate
 from speculation.budget import StepPrice
@@ -14,10 +18,13 @@ from speculation.experience import Gain, LinearFit
 
 # Least probabilities of a path behind which small models go on that are told apart.
 FLOORS = (0.0, 0.1, 0.25, 0.5)
-_SMOOTHING = 0.05
+# Of trees, before any was seen; and what a new one weighs.
+_DEPTH, _SMOOTHING = 3.0, 0.05
 # Milliseconds before anything was measured, and how sure each is. Where many decode, a surprise is taken for the round
 # trip's first: what the drafts of one of them cost must not make those of all look dear.
 _COSTS, _SURE_OF_ONE, _SURE_OF_MANY = (0.6, 0.05, 0.03, 0.01), (4, 4, 16, 400), (1, 8, 400, 4000)
+# Nodes that a tree among several has room for, times those that pay in the mean.
+_ROOM = 3
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
 
 
@@ -56,14 +63,27 @@ class Option:
     """One way to draft, and what it brings: with models that go on behind paths of at least `floor`, or by look-up.
 
     gains: by what chooses the children; of sampled ones each sequence has its own instead.
+    depths: by size, how deep a tree of so many nodes is in the mean.
     """
 
     def __init__(self, models: bool, floor: float, sizes: Sequence[int], cost: Cost) -> None:
         self.models = models
         self.floor = floor
+        self._sizes = sizes
         self.cost = cost
         self.gains = {selection: Gain(sizes) for selection in (ChildSelection.TOP, ChildSelection.SHARED_NOISE)}
-        self.depth = 3.0  # mean depth of a sequence's deepest tree
+        self.depths = [min(float(size), _DEPTH) for size in sizes]
+
+    def learn_depths(self, depths: Sequence[int], asked: int) -> None:
+        """depths: of the nodes of a tree, the most probable first. asked: its room."""
+        deepest = list(accumulate(depths, max, initial=0))
+        for index, size in enumerate(self._sizes):
+            if size <= asked:
+                self.depths[index] += _SMOOTHING * (deepest[min(size, len(depths))] - self.depths[index])
+
+    def depth_of(self, nodes: int) -> float:
+        """Of a tree of so many nodes."""
+        return self.depths[max(bisect_right(self._sizes, nodes) - 1, 0)]
 
     def tells_of(self, other: Option) -> bool:
         """Whether what is drafted in this way shows what the other way would have drafted."""
@@ -82,6 +102,14 @@ class Options:
         self.costs = (with_models, look_up)
         self.all = [Option(True, floor, sizes, with_models) for floor in FLOORS]
         self.all.append(Option(False, 0.0, sizes, look_up))
+
+    def asked(self, size: int, sequences: int) -> int:
+        """Nodes to ask for where `size` of each tree pay in the mean: of a single tree the next size. Several share the
+        nodes by what each is worth, so that some are much larger; more would only take the small models' time.
+        """
+        if sequences > 1:
+            return min(_ROOM * size, self.sizes[-1])
+        return self.sizes[min(self.sizes.index(size) + 1, len(self.sizes) - 1)]
 
     @property
     def whole(self) -> tuple[Option, Option]:
@@ -108,25 +136,28 @@ class Options:
                 floor = other.floor if other.floor > option.floor else 0.0
                 drafted = [(chance, depth) for chance, above, depth in ranked if above >= floor]
                 other.gains[selection].learn([chance for chance, _ in drafted], asked, memory)
-                depth = max([depth for _, depth in drafted], default=0)
-                other.depth += _SMOOTHING * (depth - other.depth)
+                other.learn_depths([depth for _, depth in drafted], asked)
 
     def state(self) -> dict[str, Any]:
         return {
             "costs": [cost.state() for cost in self.costs],
             "options": [
-                {"depth": option.depth, "gains": {name.value: gain.state() for name, gain in option.gains.items()}}
+                {
+                    "depths": list(option.depths),
+                    "gains": {name.value: gain.state() for name, gain in option.gains.items()},
+                }
                 for option in self.all
             ],
         }
 
     def restore(self, state: dict[str, Any], share: float) -> None:
+        """Raises ValueError or TypeError when it is of another form."""
         for cost, kept in zip(self.costs, state["costs"], strict=True):
             cost.restore(kept, share)
         for option, kept in zip(self.all, state["options"], strict=True):
-            option.depth = float(kept["depth"])
             for selection, gain in option.gains.items():
                 gain.restore(kept["gains"][selection.value], share)
+            option.depths = [float(depth) for _, depth in zip(self.sizes, kept["depths"], strict=True)]
 
 
 class IdleTrials:
@@ -161,19 +192,20 @@ class IdleTrials:
 
     def nodes(self, price: StepPrice, most_nodes: int) -> int:
         """How many nodes a trial verifies: two at least where there is room, more where rows cost little."""
-        most = (1 + self.ROWS_SHARE) * price.seconds[0]
-        cheap = sum([seconds <= most for seconds in price.seconds[1 : most_nodes + 1]])
+        most = (1 + self.ROWS_SHARE) * price.of(0)
+        cheap = int(np.count_nonzero(price.seconds[1 : most_nodes + 1] <= most))
         return min(max(cheap, 2), most_nodes)
 
     def _interval(self, option: Option, price: StepPrice, most_nodes: int, fresh: float) -> float:
         measured = option.cost.measured
         if measured == 0:
             return self.FIRST_STEPS
-        verifying = price.seconds[self.nodes(price, most_nodes)] - price.seconds[0]
-        drafting = option.cost.seconds(price.tokens, (1, 1, option.depth, fresh))
+        nodes = self.nodes(price, most_nodes)
+        verifying = price.of(nodes) - price.of(0)
+        drafting = option.cost.seconds(price.tokens, (1, 1, option.depth_of(nodes), fresh))
         first = measured <= self.FIRST
         least, share = (self.FIRST_STEPS << measured, self.FIRST_SHARE) if first else (self.LEAST_STEPS, self.SHARE)
-        return max(least, (drafting + verifying) / (share * price.seconds[0]))
+        return max(least, (drafting + verifying) / (share * price.of(0)))
 
 
 def tamed(value: float, expected: float) -> float:

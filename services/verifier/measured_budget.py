@@ -26,17 +26,16 @@ from speculation.merge import MergedDraft, merge_trees
 from speculation.step_curve import StepCurve
 from speculation.tree import TokenTree
 
-# Every so many drafted steps one verifies a whole tree, and some are plain, to see what is given away. Plain ones come
-# sooner while few are known at this load, and where the gain is so small that a machine of changing speed can hide its
-# end; there they cost little. The first of them tells nothing: it pays for what the drafted step before left to do.
-_WHOLE_EVERY, _PLAIN_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 64, 128, 32, 8
+# Every so many drafted steps one verifies all that was asked for one sequence, or its largest tree, and some are plain,
+# to see what is given away. Plain ones come sooner while few are known at this load, and where the gain is so small
+# that a machine of changing speed can hide its end; there they cost little. The first of them tells nothing: it pays
+# for what the drafted step before left to do.
+_UNPRUNED_EVERY, _LARGEST_EVERY = 16, 64
+_PLAIN_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 128, 32, 8
 _PLAIN_TOGETHER = 2
 _SMALL_GAIN = 1.3
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
-# Where several draft, so many times the nodes that pay in the mean are asked for, to keep the most probable ones of all
-# trees: more would take the small models' time for each of them.
-_ROOM = 3
 # Steps for which no draft is thought of when none pays, and for how many at most when none has for long: thinking costs
 # more than a small model's plain step can bear.
 _REST_STEPS, _LONGEST_REST = 8, 64
@@ -60,6 +59,7 @@ class _Step(Ask):
     sampled: bool = False  # whether a sequence has sampled children: what they bring must decide nothing for others
     whole: int | None = None  # the sequence whose tree is not pruned, to learn from it
     promised: float = 1.0  # tokens per second that were expected, for one of a plain step
+    equal: float = 0.0  # tokens per second that trees of equal size would have given
     trial: bool = False  # whether one sequence drafts though it does not pay
     answered: bool = False
     depth: int = 0  # sum over sequences
@@ -140,16 +140,22 @@ class MeasuredBudget(DraftBudget[_Step]):
     def _drafted(self, step: _Step, choice: Choice, chosen: Sequence[Wish]) -> None:
         self._drafted_steps += 1
         self._last_rest = 0
-        turn = self._drafted_steps % (2 * _WHOLE_EVERY)
+        turn = self._drafted_steps % (2 * _LARGEST_EVERY)
         option = self._options.all[choice.option]
-        step.promised = choice.rate * step.price.seconds[0] / step.price.tokens
+        step.equal = choice.rate / choice.sharing
+        step.promised = choice.rate * step.price.of(0) / step.price.tokens
         every = self._plain_every(step, option)
         if (turn % every) + _PLAIN_TOGETHER >= every:
             return
-        if turn % _WHOLE_EVERY == _WHOLE_EVERY // 2:  # never one that is plain
-            option = self._options.whole[turn > _WHOLE_EVERY]
-            step.whole = chosen[0].id
+        first = chosen[0]
+        if turn % _UNPRUNED_EVERY == _UNPRUNED_EVERY // 2:  # never one that is plain
+            step.whole = first.id
+        if largest := turn % _LARGEST_EVERY == _LARGEST_EVERY // 2:
+            step.whole = first.id
+            option = self._options.whole[turn > _LARGEST_EVERY]
         self._order(step, option, chosen, choice.size)
+        if largest and first.selection is not ChildSelection.SAMPLED:
+            step.nodes[first.id] = first.plan.draft_nodes
 
     def _plain_every(self, step: _Step, option: Option) -> int:
         guard = self._guards.at(step.price.tokens)[self._options.way(option)]
@@ -177,8 +183,8 @@ class MeasuredBudget(DraftBudget[_Step]):
             nodes = wish.plan.draft_nodes
             if step.trial or wish.selection is ChildSelection.SAMPLED:  # such trees cannot be pruned
                 nodes = min(size, nodes)
-            elif len(chosen) > 1 and wish.id != step.whole:
-                nodes = min(_ROOM * size, nodes)
+            else:
+                nodes = min(self._options.asked(size, len(chosen)), nodes)
             step.nodes[wish.id] = nodes
             step.fresh += self._chooser.fresh(wish)
             self._chooser.told(wish.plan.sequence)
@@ -205,7 +211,7 @@ class MeasuredBudget(DraftBudget[_Step]):
         if trees:
             step.candidates[wish.id] = Candidate.of(trees, step.nodes[wish.id], self._reliability)
         self._drafts += 1
-        if self._drafts <= _ALL_TEACH or self._drafts % _TEACH_EVERY == 0 or step.whole is not None:
+        if self._drafts <= _ALL_TEACH or self._drafts % _TEACH_EVERY == 0 or step.whole == wish.id:
             step.teaching.append(wish)
 
     def _prune(self, step: _Step) -> None:
@@ -215,10 +221,13 @@ class MeasuredBudget(DraftBudget[_Step]):
                 step.drafts[sequence_id] = candidate.keep(range(len(candidate.tree)))
                 step.expected += candidate.expected
         fixed = sum([len(draft.tree) - 1 for draft in step.drafts.values()])
-        price = StepPrice(step.price.tokens, [seconds + step.drafting for seconds in step.price.seconds[fixed:]])
+        price = StepPrice(step.price.tokens, step.price.seconds[fixed:] + step.drafting)
         free = {key: candidate for key, candidate in step.candidates.items() if key != step.whole}
         kept, gained = nodes_that_pay([candidate.confidences for candidate in free.values()], price)
         step.expected += gained
+        if 1 < len(free) == len(step.nodes):
+            reached = (price.tokens + gained) / price.of(sum(map(len, kept)) - len(kept))
+            self._chooser.learn_sharing(price.tokens, reached / step.equal)
         for (sequence_id, candidate), nodes in zip(free.items(), kept, strict=True):
             if len(nodes) > 1:
                 step.drafts[sequence_id] = candidate.keep(nodes)
@@ -232,12 +241,12 @@ class MeasuredBudget(DraftBudget[_Step]):
             self._learn_times(step, step.option, accepted, draft_seconds, step_seconds)
 
     def _learn_plain(self, step: _Step, seconds: float) -> None:
-        decoding, believed = step.price.tokens, step.price.seconds[0]
+        decoding, believed = step.price.tokens, step.price.of(0)
         self._prices.learn_plain(step.rows, decoding, seconds, believed)
         guards = self._guards.at(decoding)
         if guards[0].young:
             self._chooser.reckon_anew()
-            believed = self._prices.price(step.rows, decoding, 0).seconds[0]
+            believed = self._prices.price(step.rows, decoding, 0).of(0)
         for guard in guards:
             guard.plain(seconds, believed)
 
@@ -262,7 +271,7 @@ class MeasuredBudget(DraftBudget[_Step]):
             option.cost.learn(step.price.tokens, step.features, draft_seconds, step.drafting)
             return
         added = sum([len(draft.tree) - 1 for draft in step.drafts.values()])
-        verifying, sequences = step.price.seconds[added], step.price.tokens
+        verifying, sequences = step.price.of(added), step.price.tokens
         seconds = tamed(draft_seconds + step_seconds, step.drafting + verifying)
         option.cost.learn(sequences, step.features, seconds - verifying, step.drafting)
         if added:
@@ -275,7 +284,7 @@ class MeasuredBudget(DraftBudget[_Step]):
                 sequences + step.expected,
                 sequences,
                 seconds=seconds,
-                believed=step.price.seconds[0],
+                believed=step.price.of(0),
                 promised=step.promised,
             )
 
@@ -285,7 +294,8 @@ class MeasuredBudget(DraftBudget[_Step]):
     def state(self) -> dict[str, Any]:
         """What was learned, for JSON. From any thread: what changes meanwhile is copied before or after."""
         parts = self._prices.state() | self._options.state()
-        return parts | {"reliability": self._reliability.state(), "guards": self._guards.state()}
+        parts |= {"reliability": self._reliability.state(), "guards": self._guards.state()}
+        return parts | {"sharing": self._chooser.state()}
 
     def restore(self, state: dict[str, Any], share: float) -> None:
         """Take an earlier budget's knowledge over, with a share of its weight, so that a change is noticed soon.
@@ -296,3 +306,4 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._options.restore(state, share)
         self._reliability.restore(state["reliability"], share)
         self._guards.restore(state["guards"], share)
+        self._chooser.restore(state["sharing"], share)

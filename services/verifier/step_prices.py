@@ -27,8 +27,8 @@ class StepPrices:
         """rows: without drafts. most_nodes: of all drafts together."""
         curve = self.curve.table(rows + most_nodes)[rows : rows + most_nodes + 1]
         self._overhead.solve()
-        overhead = max(self._overhead.predict((1, decoding)) / 1000, -0.95 * curve[0])
-        return StepPrice(decoding, [seconds + overhead for seconds in curve])
+        overhead = max(self._overhead.predict((1, decoding)) / 1000, -0.95 * float(curve[0]))
+        return StepPrice(decoding, curve + overhead)
 
     def learn_plain(self, rows: int, decoding: int, seconds: float, believed: float) -> None:
         """A plain step tells what the curve leaves out."""

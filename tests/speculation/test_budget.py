@@ -23,7 +23,7 @@ chances = st.floats(0.01, 1.0)
 @given(st.integers(0, 8), rising, st.lists(chances, max_size=15))
 def test_no_other_prefix_is_faster(tokens: int, seconds: np.ndarray, probabilities: list[float]) -> None:
     falling = sorted(probabilities, reverse=True)
-    count, gained = best_prefix(StepPrice(tokens, seconds.tolist()), falling)
+    count, gained = best_prefix(StepPrice(tokens, seconds), falling)
     assert gained == pytest.approx(sum(falling[:count]))
     rates = [(tokens + sum(falling[:k])) / seconds[k] for k in range(min(len(falling), len(seconds) - 1) + 1)]
     assert rates[count] == pytest.approx(max(rates))
@@ -33,7 +33,7 @@ def test_no_other_prefix_is_faster(tokens: int, seconds: np.ndarray, probabiliti
 def test_what_is_kept_is_a_tree_and_the_best_set_of_nodes(
     tokens: int, seconds: np.ndarray, drafts: list[TokenTree]
 ) -> None:
-    step = StepPrice(tokens, seconds.tolist())
+    step = StepPrice(tokens, seconds)
     kept, expected = nodes_that_pay([tree.confidences for tree in drafts], step)
     for tree, nodes in zip(drafts, kept, strict=True):
         assert nodes == sorted(nodes)
@@ -53,10 +53,10 @@ def test_drafting_is_chosen_when_it_pays_and_never_otherwise(data: st.DataObject
     options, sizes, sequences = data.draw(st.integers(1, 3)), [1, 2, 4], data.draw(st.integers(1, 4))
     cost, gain = st.floats(0, 2), st.floats(0, 4)
     once = np.array([data.draw(cost) for _ in range(options)])
-    each = np.array([[data.draw(cost) for _ in range(sequences)] for _ in range(options)])
+    each = np.array([[[data.draw(cost) for _ in range(sequences)] for _ in sizes] for _ in range(options)])
     gains = np.array([[[data.draw(gain) for _ in range(sequences)] for _ in sizes] for _ in range(options)])
     seconds = 1 + np.cumsum([data.draw(st.floats(0, 1)) for _ in range(4 * sequences + 1)])
-    price = StepPrice(sequences, seconds.tolist())
+    price = StepPrice(sequences, seconds)
     choice = choose_drafting(price, once, each, sizes, gains, np.ones(options))
     plain = sequences / seconds[0]
     assert choice.rate >= plain
@@ -65,21 +65,21 @@ def test_drafting_is_chosen_when_it_pays_and_never_otherwise(data: st.DataObject
     place = (choice.option, sizes.index(choice.size))
     chosen = list(choice.chosen)
     assert choice.tokens == pytest.approx(sequences + gains[place][chosen].sum())
-    spent = seconds[choice.size * len(chosen)] + once[choice.option] + each[choice.option][chosen].sum()
+    spent = seconds[choice.size * len(chosen)] + once[choice.option] + each[place][chosen].sum()
     assert choice.seconds == pytest.approx(spent)
     for option, size in itertools.product(range(options), range(len(sizes))):
         whole = sequences + gains[option, size].sum()
-        cost_of_all = seconds[sizes[size] * sequences] + once[option] + each[option].sum()
+        cost_of_all = seconds[sizes[size] * sequences] + once[option] + each[option, size].sum()
         assert choice.rate >= whole / cost_of_all * (1 - 1e-9), "drafting for all is no better"
 
 
 def test_what_is_hoped_for_decides_whether_to_draft_and_not_how_much() -> None:
     """Trees of 1, 2 or 4 nodes for both of two sequences, in steps of 1 s and 0.3 s more for each row."""
-    price = StepPrice(2, [1 + 0.3 * rows for rows in range(9)])
+    price = StepPrice(2, np.linspace(1.0, 3.4, 9))
     gains = np.array([[[0.4] * 2, [0.55] * 2, [0.8] * 2]])
 
     def choice(hope: float) -> Choice:
-        return choose_drafting(price, np.zeros(1), np.zeros((1, 2)), [1, 2, 4], gains, np.array([hope]))
+        return choose_drafting(price, np.zeros(1), np.zeros((1, 3, 2)), [1, 2, 4], gains, np.array([hope]))
 
     assert choice(1.0).chosen == ()
     hopeful = choice(3.0)
@@ -88,8 +88,22 @@ def test_what_is_hoped_for_decides_whether_to_draft_and_not_how_much() -> None:
     assert hopeful.rate < 2 < hopeful.hoped_rate
 
 
+def test_what_sharing_the_nodes_gains_counts() -> None:
+    """Two trees of a node each, in steps of 1 s for each row: as equal ones they do not pay."""
+    price, free = StepPrice(2, np.array([1.0, 2.0, 3.0])), np.zeros((1, 1, 2))
+
+    def choice(sharing: float) -> Choice:
+        return choose_drafting(price, np.zeros(1), free, [1], np.full((1, 1, 2), 0.8), np.ones(1), sharing)
+
+    assert choice(1.0).chosen == ()
+    shared = choice(2.0)
+    assert shared.chosen == (0,)
+    assert (shared.tokens, shared.seconds, shared.rate) == pytest.approx((2.8, 1.0, 2.8))
+
+
 def test_no_sequence_no_draft() -> None:
-    choice = choose_drafting(StepPrice(2, [1.0]), np.zeros(1), np.zeros((1, 0)), [1], np.zeros((1, 1, 0)), np.ones(1))
+    nobody = np.zeros((1, 1, 0))
+    choice = choose_drafting(StepPrice(2, np.ones(1)), np.zeros(1), nobody, [1], nobody, np.ones(1))
     assert (choice.chosen, choice.rate) == ((), 2.0)
 
 
@@ -134,7 +148,9 @@ def test_gains_follow_what_trees_promise() -> None:
     for _ in range(300):
         gain.learn([0.9, 0.5, 0.1], asked=4)
     assert gain.expected[:3] == pytest.approx([0.9, 1.4, 1.5], abs=0.01)
-    assert gain.expected[3] == Gain([1, 2, 4, 8]).expected[3], "nothing is known of trees with more room"
+    before = Gain([1, 2, 4, 8]).expected
+    beyond = gain.expected[3] - gain.expected[2]
+    assert beyond == pytest.approx(before[3] - before[2]), "nothing is known of what more room adds"
 
 
 def test_a_fit_finds_the_weights_and_keeps_the_prior_where_nothing_is_seen() -> None:

@@ -155,6 +155,8 @@ def test_verdicts_are_kept_and_doubted_sooner() -> None:
     kept.restore(json.loads(json.dumps(guards.state())), share=0.25)
     assert kept.allow(1, 0, gain=1.5)
     assert not kept.allow(8, 0, gain=1.5)
+    assert not kept.at(1)[0].young, "plain steps are known"
+    assert kept.at(1)[0].steps == 64, "the trial is not begun again"
 
     def pause(guard: Guard) -> int:
         steps = 0

@@ -155,19 +155,21 @@ class World:
         return len(sequence.tokens) - known
 
     def trees(self, wish: Wish, ask: Ask) -> list[TokenTree]:
-        """A chain with a second choice at each level; look-up guesses one token."""
+        """The most probable nodes of a chain with a second choice at each level; look-up guesses one token."""
         found = []
         if ask.models:
             tokens, parents, says = [1], [-1], [1.0]
             node = 0
             for _ in range(wish.plan.draft_depth):
-                if says[node] < ask.floor or len(tokens) + 2 > ask.nodes[wish.id] + 1:
+                if says[node] < ask.floor:
                     break
                 tokens += [2, 3]
                 parents += [node, node]
                 says += [says[node] * self.says, says[node] * (1 - self.says) / 2]
                 node = len(tokens) - 2
-            found.append(TokenTree(tuple(tokens), tuple(parents), {}, "ssm", tuple(map(math.log, says))))
+            tree = TokenTree(tuple(tokens), tuple(parents), {}, "ssm", tuple(map(math.log, says)))
+            most = sorted(range(1, len(tree)), key=says.__getitem__, reverse=True)[: ask.nodes[wish.id]]
+            found.append(tree.select([0, *sorted(most)]))
         if self.looked_up:
             found.append(TokenTree((1, 2), (-1, 0), {}, "prompt-lookup", (0.0, math.log(0.5))))
         return found
