@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speculation.calibration import CALIBRATION_FILE, Calibration, InvalidCalibration
@@ -14,6 +14,7 @@ from speculation.calibration import CALIBRATION_FILE, Calibration, InvalidCalibr
 scales = st.floats(0.01, 100)
 
 
+@settings(deadline=None)  # a disk may be slow
 @given(st.builds(Calibration, scales, scales))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, calibration: Calibration) -> None:
     folder = tmp_path_factory.mktemp("ssm")
