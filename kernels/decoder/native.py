@@ -9,7 +9,7 @@ import torch
 
 from kernels.blocks import check_tensor, check_visibility
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
-from kernels.native.library import load
+from kernels.native.shared_library import load
 from kernels.native.structures import (
     STORAGES,
     AttentionBatchStruct,

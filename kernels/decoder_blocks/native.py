@@ -10,8 +10,8 @@ from ctypes import byref
 import torch
 
 from kernels.blocks import AttentionBatch, AttentionWeights, MlpWeights, check_tensor
-from kernels.native.library import load
 from kernels.native.memory import PackedMemory
+from kernels.native.shared_library import load
 from kernels.native.structures import AttentionLayerStruct, MlpLayerStruct, batch_struct, pointer
 from kernels.packed_linear.native import NativeLinear
 from kernels.tree_attention.native import KV_DTYPES

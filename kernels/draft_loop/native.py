@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 
 from kernels.decoder.native import NativeDecoder
-from kernels.native.library import load
+from kernels.native.shared_library import load
 from kernels.native.structures import ChildRuleStruct, DraftSequenceStruct, GrownTreeStruct, TreeBoundsStruct
 
 

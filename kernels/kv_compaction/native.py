@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.kv_compaction.reference import check_moves
-from kernels.native.library import load
+from kernels.native.shared_library import load
 from kernels.native.structures import pointer
 
 

@@ -1,6 +1,6 @@
 """The kernels for the CPU: C++ that is built for the machine at set-up and loaded with ctypes."""
 
-from kernels.native.library import (
+from kernels.native.shared_library import (
     NativeUnavailable,
     get_num_threads,
     native_available,

@@ -7,8 +7,8 @@ from ctypes import byref
 import torch
 
 from kernels.blocks import check_tensor
-from kernels.native.library import load
 from kernels.native.memory import PackedMemory
+from kernels.native.shared_library import load
 from kernels.native.structures import STORAGES, LinearStruct, pointer
 from kernels.packed_linear.int8 import quantize
 

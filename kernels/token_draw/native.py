@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.blocks import check_tensor
-from kernels.native.library import load
+from kernels.native.shared_library import load
 from kernels.native.structures import pointer
 
 

@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 
 from kernels.blocks import check_tensor, check_visibility
-from kernels.native.library import load
+from kernels.native.shared_library import load
 from kernels.native.structures import AttentionBatchStruct, pointer
 
 KV_DTYPES = (torch.float32, torch.bfloat16)

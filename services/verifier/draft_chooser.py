@@ -120,22 +120,26 @@ class DraftChooser:
         # What catches up once is of use in all later steps, about two tokens each.
         fresh = np.array([self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2) for wish in wishes])
         each = (weights[:, 1, None] + weights[:, 2, None] * depth)[:, :, None] + np.outer(weights[:, 3], fresh)[:, None]
-        tables = {selection: self._gains(options, selection) for selection in {wish.selection for wish in wishes}}
-        gains = np.stack([self._own(wish, tables[wish.selection]) for wish in wishes], axis=2)
+        drawn = ChildSelection.SAMPLED
+        tables = {way: self._gains(options, way) for way in {wish.selection for wish in wishes} if way is not drawn}
+        own = [
+            self._own_gains(wish, len(options)) if wish.selection is drawn else tables[wish.selection]
+            for wish in wishes
+        ]
+        bounds = np.array([min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes])
+        gains = np.minimum(np.stack(own, axis=2), bounds)
         choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains, hope, sharing)
         return replace(choice, option=places[choice.option])
 
     def _gains(self, options: Sequence[Option], selection: ChildSelection) -> Floats:
-        """Expected accepted tokens [options, sizes]; of sampled children none, but what each sequence itself says."""
-        if selection is ChildSelection.SAMPLED:
-            return np.zeros((len(options), len(self._options.sizes)))
+        """Expected accepted tokens [options, sizes]."""
         return np.array([option.gains[selection].expected for option in options])
 
-    def _own(self, wish: Wish, gains: Floats) -> Floats:
-        """The gains of one sequence, which its tree's bounds may cut; of sampled children by the first option alone."""
-        if wish.selection is ChildSelection.SAMPLED:
-            gains[0] = self.own_gains.setdefault(wish.id, Gain(self._options.sizes)).expected
-        return np.minimum(gains, min(wish.plan.draft_nodes, wish.plan.draft_depth))
+    def _own_gains(self, wish: Wish, options: int) -> Floats:
+        """As `_gains`, of a sequence with sampled children, which drafts in the first way alone."""
+        gains = np.zeros((options, len(self._options.sizes)))
+        gains[0] = self.own_gains.setdefault(wish.id, Gain(self._options.sizes)).expected
+        return gains
 
     def learn_sharing(self, sequences: int, times: float) -> None:
         """The nodes that were kept of several trees give `times` the rate that was reckoned with equal ones."""

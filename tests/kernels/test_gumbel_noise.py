@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.native.library import load
+from kernels.native.shared_library import load
 from kernels.native.structures import pointer
 from speculation.noise import gumbel_noise
 
