@@ -50,6 +50,11 @@ class Stream:
     total_s: float
 
     @property
+    def ended(self) -> float:
+        """As `started`."""
+        return self.started + self.total_s
+
+    @property
     def token_times(self) -> list[float]:
         """Times of the events that brought text."""
         return [

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Annotated
 
 import numpy as np
@@ -24,7 +25,7 @@ from rich.progress import Progress
 
 from benchmarks.client import CompletionClient, Prompt
 from benchmarks.failures import STACK_FAILURES, exit_on
-from benchmarks.load import stream_all
+from benchmarks.load import REQUESTS_PER_STREAM, rate_of_all, stream_all
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown_table, shown_command
 from benchmarks.stack import ServiceOptions, running_stack
@@ -81,7 +82,8 @@ async def measure_turns(
         for count in streams:
             for turn in range(turns):
                 first = len(found) * LEAST_REQUESTS
-                wanted = [ids[(first + place) % len(ids)] for place in range(max(LEAST_REQUESTS, 2 * count))]
+                requests = max(LEAST_REQUESTS, REQUESTS_PER_STREAM * count)
+                wanted = [ids[(first + place) % len(ids)] for place in range(requests)]
                 fields: dict[str, object] = {"temperature": temperature, "seed": turn}
                 found.append(await asyncio.to_thread(_turn, client, fields, wanted, new_tokens, count, on_arm))
     return found
@@ -95,18 +97,16 @@ def _turn(
     streams: int,
     on_arm: Callable[[], None],
 ) -> Turn:
-    tokens, seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}
+    rates: dict[bool, list[float]] = {True: [], False: []}
     texts: list[list[str]] = []
     for drafting in ORDER:
         asking = replace(client, fields={**fields, "speculative": drafting})
-        came, total_s = stream_all(asking, prompts, new_tokens, streams)
-        answers = [stream.answer() for stream in came]
-        tokens[drafting] += sum(answer.tokens for answer in answers)
-        seconds[drafting] += total_s
-        texts.append([answer.text for answer in answers])
+        answers = stream_all(asking, prompts, new_tokens, streams)
+        rates[drafting].append(rate_of_all(answers))
+        texts.append([stream.answer().text for stream in answers])
         on_arm()
-    rates = {drafting: tokens[drafting] / seconds[drafting] for drafting in tokens}
-    return Turn(streams, rates[True], rates[False], all(own == texts[0] for own in texts))
+    same = all(own == texts[0] for own in texts)
+    return Turn(streams, harmonic_mean(rates[True]), harmonic_mean(rates[False]), same)
 
 
 def page(turns: Sequence[Turn], command: str, machine: dict[str, str]) -> str:
@@ -148,7 +148,8 @@ def page(turns: Sequence[Turn], command: str, machine: dict[str, str]) -> str:
 
 `{command}`, {date}. The embedded models through the gateway, with the default settings (the suffix index off: prompts
 are asked several times). A turn makes the same requests with drafts, without, without, with; its ratio is of tokens per
-second. The budget starts with no knowledge, and what it learns in the first turns is paid for in them.
+second while all streams have a request open. The budget starts with no knowledge, and what it learns in the first turns
+is paid for in them.
 
 {markdown_table(header, rows, text_columns=0)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,28 +12,23 @@ import numpy as np
 
 from benchmarks.client import CompletionClient, Prompt, Stream
 
-REQUESTS_PER_STREAM = 2
+REQUESTS_PER_STREAM = 4
 
 
 @dataclass(frozen=True)
 class LoadSample:
     """What `streams` clients got that always had one request open each.
 
-    tokens: of all answers. total_s: from the first request to the last answer. first_token_ms: of each answer.
-    gap_ms: between the events of an answer that brought text.
+    tokens_per_s: while all of them had. first_token_ms: of each answer. gap_ms: between the events of an answer that
+    brought text.
     """
 
     configuration: str
     streams: int
     round: int
-    tokens: int
-    total_s: float
+    tokens_per_s: float
     first_token_ms: list[float]
     gap_ms: list[float]
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.total_s
 
 
 def measure_load(
@@ -44,31 +39,50 @@ def measure_load(
     Raises:
         RequestFailed: one request failed.
     """
-    wanted = list(itertools.islice(itertools.cycle(prompts), REQUESTS_PER_STREAM * streams))
-    answers, total_s = stream_all(client, wanted, new_tokens, streams)
+    answers = stream_load(client, prompts, new_tokens, streams)
     return LoadSample(
         configuration,
         streams,
         turn,
-        tokens=sum(stream.answer().tokens for stream in answers),
-        total_s=total_s,
+        tokens_per_s=rate_of_all(answers),
         first_token_ms=[1000 * stream.times[0] for stream in answers],
         gap_ms=[1000 * gap for stream in answers for gap in _gaps(stream)],
     )
 
 
-def stream_all(
-    client: CompletionClient, prompts: Sequence[Prompt], new_tokens: int, streams: int
-) -> tuple[list[Stream], float]:
-    """A request for each prompt, `streams` of them open; and the seconds until the last answer has ended.
+def stream_load(client: CompletionClient, prompts: Sequence[Prompt], new_tokens: int, streams: int) -> list[Stream]:
+    """Answers to REQUESTS_PER_STREAM times `streams` requests, `streams` of them open, with the prompts in turn.
+
+    Raises:
+        RequestFailed: one request failed.
+    """
+    wanted = list(itertools.islice(itertools.cycle(prompts), REQUESTS_PER_STREAM * streams))
+    return stream_all(client, wanted, new_tokens, streams)
+
+
+def stream_all(client: CompletionClient, prompts: Sequence[Prompt], new_tokens: int, streams: int) -> list[Stream]:
+    """An answer for each prompt, `streams` requests open at once.
 
     Raises:
         RequestFailed: one request failed.
     """
     with ThreadPoolExecutor(streams) as pool:
-        started = time.perf_counter()
-        answers = list(pool.map(lambda prompt: client.stream(prompt, new_tokens), prompts))
-        return answers, time.perf_counter() - started
+        return list(pool.map(lambda prompt: client.stream(prompt, new_tokens), prompts))
+
+
+def rate_of_all(answers: Sequence[Stream]) -> float:
+    """Tokens per second while every client had a request open: until the first that has nothing left to ask.
+
+    How long the last answers go on beyond that says how even the answers are, not how fast they come. An answer's
+    tokens are taken to be spread evenly over its events.
+    """
+    first, last = min(answer.started for answer in answers), max(answer.started for answer in answers)
+    until = min(answer.ended for answer in answers if answer.ended > last)
+    tokens = 0.0
+    for answer in answers:
+        times = answer.token_times
+        tokens += answer.answer().tokens * bisect_right(times, until - answer.started) / max(1, len(times))
+    return tokens / (until - first)
 
 
 def _gaps(stream: Stream) -> Iterator[float]:

@@ -12,7 +12,7 @@ from statistics import median
 
 from benchmarks.client import CompletionClient, Prompt, VerifierClient
 from benchmarks.configurations import BEST_FIRST, PLAIN, Configuration
-from benchmarks.load import LoadSample, measure_load, stream_all
+from benchmarks.load import LoadSample, measure_load, stream_load
 from benchmarks.peers.batched_bench import llama_step_times
 from benchmarks.peers.home import LLAMA_CPP
 from benchmarks.samples import LatencyPair, PeerSteps, Sample, StepTimes, Trial
@@ -93,7 +93,7 @@ class Benchmark:
         for configuration in configurations:
             for count in streams:
                 async with self._client(configuration, count) as (client, _):
-                    await asyncio.to_thread(stream_all, client, self._ids, self.task.new_tokens, count)
+                    await asyncio.to_thread(stream_load, client, self._ids, self.task.new_tokens, count)
                 self._tick(configuration.key)
 
     async def run_rounds(self, configurations: Sequence[Configuration]) -> None:

@@ -170,9 +170,9 @@ def _load_table(target: Target) -> str:
         for row in summarize_load(target.measured.load)
     ]
     note = (
-        "\n\nThat many clients in one process, each with one greedy request open at a time, two requests each; tokens "
-        "of all answers over the time from the first request to the last answer. An event brings the tokens of a step: "
-        "several where drafts were accepted."
+        "\n\nThat many clients in one process, each with one greedy request open at a time, four requests each; tokens "
+        "per second while all of them had one open. An event brings the tokens of a step: several where drafts were "
+        "accepted."
     )
     return markdown_table(header, cells, text_columns=2) + note
 

@@ -34,9 +34,9 @@ _SHARE, _MOST_HALVINGS = 0.005, 4
 class Guard:
     """Of one way to draft at one load, which is a range of how many sequences decode.
 
-    Steps are measured relative to what a plain step of the moment is believed to take, so that the range may be wide.
-    Before drafting is given up, plain steps are measured anew: what looks like its loss may be a machine that has
-    become slower.
+    Steps are measured against a yardstick, seconds by their size, so that the range may be wide: one that no learning
+    changes, since plain and drafted steps are compared that lie far apart. Before drafting is given up, plain steps are
+    measured anew: what looks like its loss may be a machine that has become slower.
     """
 
     def __init__(self, *, hopeful: bool) -> None:
@@ -54,6 +54,11 @@ class Guard:
     def steps(self) -> int:
         """Drafted ones since the trial began."""
         return self._steps
+
+    @property
+    def plain_steps(self) -> int:
+        """That are known."""
+        return self._plain_steps
 
     @property
     def hope(self) -> float:
@@ -80,26 +85,26 @@ class Guard:
         """Whether so few plain steps are known that what is believed of them changes with each."""
         return self._plain_steps < _PLAIN_MEMORY
 
-    def plain(self, seconds: float, believed: float) -> None:
-        """A plain step took so long, and was believed to take `believed`."""
+    def plain(self, seconds: float, yardstick: float) -> None:
+        """A plain step took so long; by the yardstick it takes `yardstick`."""
         self._pause -= 1
         self._plain_steps += 1
-        self._plain += (seconds / believed - self._plain) / min(self._plain_steps, _PLAIN_MEMORY)
+        self._plain += (seconds / yardstick - self._plain) / min(self._plain_steps, _PLAIN_MEMORY)
         if self._accused and self._plain_steps == _PLAIN_STEPS:
             self._judge()
 
     def drafted(
-        self, tokens: int, expected: float, sequences: int, *, seconds: float, believed: float, promised: float
+        self, tokens: int, expected: float, sequences: int, *, seconds: float, yardstick: float, promised: float
     ) -> None:
-        """A drafted step gave `tokens` tokens, of which `expected` were; a plain one gives `sequences` in `believed`.
+        """A drafted step gave `tokens` tokens, of which `expected` were expected; a plain one gives `sequences`.
 
-        promised: the gain in tokens per second for which it was chosen.
+        yardstick: seconds of the plain step. promised: the gain in tokens per second for which it was chosen.
         In the first steps of a trial what was expected counts more: what comes of a few trees varies widely.
         """
         self._steps += 1
         self._sequences += sequences
         weight = max(_LEAST_WEIGHT, _PRIOR_SEQUENCES / (_PRIOR_SEQUENCES + self._sequences))
-        brought, took = (tokens + weight * (expected - tokens)) / sequences, seconds / believed
+        brought, took = (tokens + weight * (expected - tokens)) / sequences, seconds / yardstick
         self._brought += (brought - self._brought) / min(self._steps, _RECENT)
         self._took += (took - self._took) / min(self._steps, _RECENT)
         self._promised += (promised * took / self._plain - self._promised) / min(self._steps, _RECENT)

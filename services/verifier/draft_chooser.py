@@ -17,7 +17,7 @@ from speculation.children import ChildSelection
 from speculation.experience import Gain, Mean
 from speculation.guard import Guards
 
-# Steps that what was reckoned holds for; fewer in the beginning: one for so many drafted steps at this load.
+# Steps that what was reckoned holds for; fewer in the beginning: one for so many known steps at this load.
 _HOLD_STEPS, _HOLD_SHARE = 32, 4
 # Kinds of steps that it is kept of.
 _MOST_HELD = 64
@@ -75,7 +75,9 @@ class DraftChooser:
             if len(self._reckoned) >= _MOST_HELD:
                 self._reckoned.clear()
             price = self._prices.price(rows, decoding, decoding * self._most_nodes)
-            held = self._reckoned[decoding, rows] = Reckoned(price, rows, self._steps + _HOLD_STEPS)
+            known = self._guards.at(decoding)[0].plain_steps
+            until = self._steps + 1 + min(known // _HOLD_SHARE, _HOLD_STEPS)
+            held = self._reckoned[decoding, rows] = Reckoned(price, rows, until)
         return held
 
     def reckon_anew(self) -> None:

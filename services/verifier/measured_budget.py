@@ -241,14 +241,12 @@ class MeasuredBudget(DraftBudget[_Step]):
             self._learn_times(step, step.option, accepted, draft_seconds, step_seconds)
 
     def _learn_plain(self, step: _Step, seconds: float) -> None:
-        decoding, believed = step.price.tokens, step.price.of(0)
-        self._prices.learn_plain(step.rows, decoding, seconds, believed)
-        guards = self._guards.at(decoding)
+        self._prices.learn_plain(step.rows, step.price.tokens, seconds, step.price.of(0))
+        guards, yardstick = self._guards.at(step.price.tokens), self._prices.yardstick.seconds(step.rows)
         if guards[0].young:
             self._chooser.reckon_anew()
-            believed = self._prices.price(step.rows, decoding, 0).of(0)
         for guard in guards:
-            guard.plain(seconds, believed)
+            guard.plain(seconds, yardstick)
 
     def _learn_acceptance(self, step: _Step, option: Option, accepted: Mapping[int, Accepted]) -> None:
         for wish in step.teaching:
@@ -284,7 +282,7 @@ class MeasuredBudget(DraftBudget[_Step]):
                 sequences + step.expected,
                 sequences,
                 seconds=seconds,
-                believed=step.price.of(0),
+                yardstick=self._prices.yardstick.seconds(step.rows),
                 promised=step.promised,
             )
 

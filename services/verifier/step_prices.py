@@ -16,10 +16,14 @@ _OVERHEAD_MEMORY = 24.0
 
 
 class StepPrices:
-    """The curve by rows, and what it leaves out: milliseconds of a step, and of a sequence, whose tokens are sent."""
+    """The curve by rows, and what it leaves out: milliseconds of a step, and of a sequence, whose tokens are sent.
+
+    yardstick: the curve as it was at first.
+    """
 
     def __init__(self, curve: StepCurve) -> None:
         self.curve = curve
+        self.yardstick = StepCurve(curve.points)
         self._overhead = LinearFit((0.0, 0.0), (1, 1), _OVERHEAD_MEMORY)
         self._steps = 0
 
@@ -49,8 +53,11 @@ class StepPrices:
         return self._steps <= _COLD_STEPS
 
     def state(self) -> dict[str, Any]:
-        return {"curve": self.curve.points, "overhead": self._overhead.state()}
+        return {"curve": self.curve.points, "yardstick": self.yardstick.points, "overhead": self._overhead.state()}
 
     def restore(self, state: dict[str, Any], share: float) -> None:
-        self.curve = StepCurve({int(rows): float(seconds) for rows, seconds in state["curve"].items()})
+        self.curve, self.yardstick = (
+            StepCurve({int(rows): float(seconds) for rows, seconds in state[name].items()})
+            for name in ("curve", "yardstick")
+        )
         self._overhead.restore(state["overhead"], share)

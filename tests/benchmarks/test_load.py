@@ -6,19 +6,19 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
-from benchmarks.client import CompletionClient
-from benchmarks.load import REQUESTS_PER_STREAM, LoadSample, measure_load, summarize_load
+from benchmarks.client import CompletionClient, Stream
+from benchmarks.load import REQUESTS_PER_STREAM, LoadSample, measure_load, rate_of_all, summarize_load
 
 
 def test_rows_are_medians_of_rounds_and_percentiles_of_all_answers() -> None:
     samples = [
-        LoadSample("a", 8, turn, tokens, 2.0, [10.0, 30.0], [1.0, 2.0, 3.0])
-        for turn, tokens in enumerate((100, 400, 200))
+        LoadSample("a", 8, turn, rate, [10.0, 30.0], [1.0, 2.0, 3.0]) for turn, rate in enumerate((50.0, 200.0, 100.0))
     ]
-    other = LoadSample("b", 8, 0, 50, 1.0, [5.0], [])
+    other = LoadSample("b", 8, 0, 50.0, [5.0], [])
     (row, second) = summarize_load([*samples, other])
     assert (row.configuration, row.streams, row.tokens_per_s) == ("a", 8, 100)
     assert (row.first_token_p50, row.gap_p50) == (20, 2)
@@ -27,10 +27,28 @@ def test_rows_are_medians_of_rounds_and_percentiles_of_all_answers() -> None:
 
 
 def test_rows_are_ordered_by_streams() -> None:
-    samples = [LoadSample(name, streams, 0, 1, 1.0, [1.0], [1.0]) for streams in (32, 8) for name in "ab"]
+    samples = [LoadSample(name, streams, 0, 1.0, [1.0], [1.0]) for streams in (32, 8) for name in "ab"]
     assert [(row.streams, row.configuration) for row in summarize_load(samples)] == [
         *((8, "a"), (8, "b"), (32, "a"), (32, "b"))
     ]
+
+
+def answer(started: float, tokens: int, times: list[float]) -> Stream:
+    """An answer with an event at each of the times, and its end 0.5 s behind the last of them."""
+    events: list[dict[str, Any]] = [{"choices": [{"text": "word"}], "usage": None} for _ in times]
+    end = times[-1] + 0.5
+    last: dict[str, Any] = {"choices": [], "usage": {"completion_tokens": tokens, "llm_steps": len(times)}}
+    return Stream(started, [*times, end], [*events, last], end)
+
+
+def test_the_rate_is_that_while_all_streams_have_a_request_open() -> None:
+    """Two clients: one has nothing left to ask at 8.5 s, the other goes on alone; the third answer is half there."""
+    answers = [answer(100.0, 6, [1.0, 2.0, 3.0]), answer(100.0, 10, [4.0, 8.0]), answer(103.5, 8, [2.0, 4.0, 6.0, 8.0])]
+    assert rate_of_all(answers) == pytest.approx((6 + 10 + 4) / 8.5)
+
+
+def test_the_rate_of_one_stream_is_that_of_all_its_answers() -> None:
+    assert rate_of_all([answer(5.0, 4, [1.0, 1.5]), answer(7.0, 6, [0.5, 1.5])]) == pytest.approx(10 / 4)
 
 
 def test_so_many_requests_are_open_at_once() -> None:
@@ -66,7 +84,7 @@ def test_so_many_requests_are_open_at_once() -> None:
         server.shutdown()
         server.server_close()
     assert most == 3
-    assert sample.tokens == 7 * 3 * REQUESTS_PER_STREAM
+    assert 0 < sample.tokens_per_s < 3 * 7 / 0.11
     assert len(sample.first_token_ms) == len(sample.gap_ms) == 3 * REQUESTS_PER_STREAM
     assert min(sample.first_token_ms) >= 100
     assert min(sample.gap_ms) >= 5

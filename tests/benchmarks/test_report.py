@@ -47,8 +47,8 @@ def target(inflated: str = "") -> Target:
         peer_steps=[PeerSteps(LLAMA_EXACT.title, {1: 3.0}), PeerSteps(LLAMA.title, {1: 2.5, 8: 4.0})],
         trials=[Trial("llama.cpp, fp16", 3.25)],
         load=[
-            LoadSample(LOOKUP.key, 8, 0, 400, 2.0, [10.0, 20.0], [1.0, 3.0]),
-            LoadSample(LLAMA.key, 8, 0, 500, 2.0, [11.0], [2.0]),
+            LoadSample(LOOKUP.key, 8, 0, 200.0, [10.0, 20.0], [1.0, 3.0]),
+            LoadSample(LLAMA.key, 8, 0, 250.0, [11.0], [2.0]),
         ],
     )
     return Target("large", inflated, tuple(c for c, _, _ in SPEEDS), measured)

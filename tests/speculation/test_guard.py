@@ -10,7 +10,7 @@ from speculation.guard import Guard, Guards
 
 
 def settled(relative: float = 1.0) -> Guard:
-    """A guard that has seen plain steps of `relative` times what was believed."""
+    """A guard that has seen plain steps of `relative` times the yardstick."""
     guard = Guard(hopeful=True)
     for _ in range(20):
         guard.plain(0.010 * relative, 0.010)
@@ -19,7 +19,7 @@ def settled(relative: float = 1.0) -> Guard:
 
 def draft(guard: Guard, speedup: float, promised: float | None = None) -> None:
     """A step of 8 sequences that gain two tokens each, at this many times the plain rate, as promised if not given."""
-    guard.drafted(24, 24.0, 8, seconds=0.030 / speedup, believed=0.010, promised=promised or speedup)
+    guard.drafted(24, 24.0, 8, seconds=0.030 / speedup, yardstick=0.010, promised=promised or speedup)
 
 
 def draft_until_refused(guard: Guard, speedup: float, steps: int) -> int:
@@ -101,8 +101,8 @@ def test_trials_lose_a_small_share_of_the_time_and_ever_less(speedup: float) -> 
     assert lost(guard, speedup, 20_000) < 0.005
 
 
-def test_plain_steps_that_were_believed_too_fast_let_drafts_go_on() -> None:
-    """Both kinds of steps are slower than believed: drafts that are slower than belief are still faster than plain."""
+def test_a_yardstick_that_is_wrong_lets_drafts_go_on() -> None:
+    """Both kinds of steps take twice as long: drafts that lose by the yardstick still gain by the clock."""
     assert draft_until_refused(settled(relative=2.0), 0.8, 1000) == 1000
 
 
@@ -128,7 +128,7 @@ def test_bad_luck_with_the_first_trees_is_no_reason_to_stop() -> None:
     """One sequence, whose first trees bring nothing, at twice the cost of a plain step."""
     guard = settled()
     for _ in range(3):
-        guard.drafted(tokens=1, expected=3.5, sequences=1, seconds=0.020, believed=0.010, promised=1.75)
+        guard.drafted(tokens=1, expected=3.5, sequences=1, seconds=0.020, yardstick=0.010, promised=1.75)
     assert guard.ready
 
 

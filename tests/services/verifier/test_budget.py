@@ -124,6 +124,17 @@ def test_plain_steps_are_not_taken_for_as_slow_as_behind_drafts(behind: float, r
     assert sum(ratios) / 6 > 0.98
 
 
+@pytest.mark.parametrize("streams", [4, 8])
+def test_plain_steps_that_were_thought_too_fast_do_not_make_drafting_look_good(streams: int) -> None:
+    """While the price of a step is corrected, what is known of plain steps stays what the clock said."""
+    ratios = []
+    for seed in range(12):
+        costs = (0.0006, 0.0012, 0.0003)
+        world = World(small_cpu, right=0.6, says=0.8, costs=costs, measured=lambda rows: small_cpu(rows) / 3, seed=seed)
+        ratios.append(world.speedup(streams, steps=300))
+    assert sum(ratios) / 12 > 0.97
+
+
 def test_what_was_kept_is_doubted_when_the_machine_has_changed() -> None:
     world = World(small_cpu, right=0.8)
     world.speedup(1, steps=1000)
