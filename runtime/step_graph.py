@@ -57,13 +57,14 @@ def bucket(rows: int, sequences: int, blocks: int, words: int, most_blocks: int)
     padded_rows = 1 << (rows - 1).bit_length()
     return StepShape(
         padded_rows,
-        min(_power_of_four(sequences, 1), padded_rows),
-        min(_power_of_four(blocks, MIN_BLOCKS), most_blocks),
+        min(power_of_four(sequences, 1), padded_rows),
+        min(power_of_four(blocks, MIN_BLOCKS), most_blocks),
         next(size for size in MASK_WORDS if words <= size),
     )
 
 
-def _power_of_four(count: int, smallest: int) -> int:
+def power_of_four(count: int, smallest: int) -> int:
+    """The smallest `smallest` times a power of four that is not below `count`."""
     size = smallest
     while size < count:
         size *= 4

@@ -21,7 +21,7 @@ from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig, inverse_frequencies, read_config
 from runtime.kv_cache import BLOCK_SIZE, KVCache, blocks_for_cache
 from runtime.parallel.sharding import Degrees, Shard
-from runtime.step_graph import StepGraphs, cuda_capture
+from runtime.step_graph import Capture, StepGraphs, cuda_capture
 from runtime.weights import Checkpoint, EndWeights, LayerWeights, WeightLoader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +57,10 @@ class LoadOptions:
 
 
 class Transformer:
-    """A loaded model. Not thread-safe: one thread owns it and its caches."""
+    """A loaded model. Not thread-safe: one thread owns it and its caches.
+
+    capture: how computations on its newest cache are captured; None where they are not.
+    """
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Transformer:
         self._decoder = self._native_decoder()
         self._draft_loop = None if self._decoder is None else NativeDraftLoop(self._decoder)
         self._graphs: StepGraphs | None = None
+        self.capture: Capture | None = None
 
     @classmethod
     def load(cls, folder: Path, options: LoadOptions) -> Transformer:
@@ -107,7 +111,8 @@ class Transformer:
         blocks = blocks_for_cache(self.config, self.device, dtype, memory_fraction, max_sequences, blocks)
         cache = KVCache(self.config, blocks, self.device, dtype)
         if self.device.type == "cuda" and self.backend.name == "triton":
-            self._graphs = StepGraphs(self, cache, cuda_capture(self.device))
+            self.capture = cuda_capture(self.device)
+            self._graphs = StepGraphs(self, cache, self.capture)
         return cache
 
     def forward(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:

@@ -5,7 +5,7 @@ Draft and verification see the same noise however often, wherever and in whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,14 +29,23 @@ def gumbel_noise(
     vocab_size; the two logarithms may differ in the last bit between devices. argmax(log p + noise) is a draw from p
     (Gumbel-max trick).
     """
-    single = isinstance(positions, int)
-    keys = [_signed(_key(seed, _GUMBEL_DOMAIN, p)) for p in ([positions] if isinstance(positions, int) else positions)]
-    tokens = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=device).mul_(_signed(_GAMMA))
-    bits = _mix_tensor_(tokens + torch.tensor(keys, dtype=torch.int64, device=device)[:, None])
+    keys = gumbel_keys(seed, [positions] if isinstance(positions, int) else positions)
+    noise = gumbel_noise_of(torch.tensor(keys, dtype=torch.int64, device=device), vocab_size)
+    return noise[0] if isinstance(positions, int) else noise
+
+
+def gumbel_keys(seed: int, positions: Iterable[int]) -> list[int]:
+    """What the noise of each position follows from, int64."""
+    return [_signed(_key(seed, _GUMBEL_DOMAIN, position)) for position in positions]
+
+
+def gumbel_noise_of(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """`gumbel_noise` of the positions with these `gumbel_keys`: int64 [n] -> float64 [n, vocab]."""
+    tokens = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=keys.device).mul_(_signed(_GAMMA))
+    bits = _mix_tensor_(tokens + keys[:, None])
     # u = (top 52 bits + 1/2) / 2^52 lies strictly inside (0, 1) and is exact in float64; g = -log(-log u)
     uniforms = _logical_shift(bits, 12).double().add_(0.5).mul_(2.0**-52)
-    noise = uniforms.log_().neg_().log_().neg_()
-    return noise[0] if single else noise
+    return uniforms.log_().neg_().log_().neg_()
 
 
 def uniform(seed: int, position: int, stream: int, count: int) -> list[float]:

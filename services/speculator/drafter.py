@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from kernels.draft_loop.native import ChildRule
 from runtime.batch import Segment
 from runtime.kv_cache import CacheFull, KVCache, slot
+from runtime.step_graph import Capture
 from runtime.transformer import Transformer
-from services.speculator.level_growth import grow_by_level
-from services.speculator.native_growth import grow_natively, native_rule
+from services.speculator.graph_growth import GrowthGraphs
+from services.speculator.level_growth import grow_by_level, root_logits
+from services.speculator.native_growth import child_rule, grow_natively
 from services.speculator.session import DrafterSettings, DraftOrder, Session, SessionKey
 from speculation.logits import LogitsPipeline
 from speculation.sampling import SamplingParams
@@ -22,11 +24,20 @@ from speculation.tree import TokenTree
 class Drafter:
     """Drafts with one model."""
 
-    def __init__(self, name: str, model: Transformer, cache: KVCache, settings: DrafterSettings) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Transformer,
+        cache: KVCache,
+        settings: DrafterSettings,
+        capture: Capture | None = None,
+    ) -> None:
+        """capture: of all levels of a draft in one; None: they are separate passes, or the native loop's."""
         self.name = name
         self.model = model
         self.cache = cache
         self.settings = settings
+        self._graphs = None if capture is None else GrowthGraphs(model, cache, settings, capture)
         self._sessions: dict[SessionKey, Session] = {}  # least recently drafted first
         # Slots of accepted nodes and where their KV belongs. Nothing is written to the cache between drafts: the moves
         # of all sequences wait for the next one.
@@ -78,13 +89,23 @@ class Drafter:
         busy = {id(session) for session, _ in growing}
         growing = [(session, order) for session, order in growing if self._has_room(session, order, busy)]
         self._catch_up([session for session, _ in growing], left=self.settings.prefill_chunk)
-        native, by_level = self._split(growing)
+        ruled, by_level = self._split(growing)
         trees = [
-            *(grow_natively(self.name, self.model, self.cache, self.settings, native) if native else ()),
+            *(self._grow_in_one(ruled) if ruled else ()),
             *(grow_by_level(self.name, self.model, self.cache, self.settings, by_level) if by_level else ()),
         ]
-        keys = [*(order.key for _, order, _ in native), *(order.key for _, order in by_level)]
+        keys = [*(order.key for _, order, _ in ruled), *(order.key for _, order in by_level)]
         return dict(zip(keys, trees, strict=True))
+
+    def _grow_in_one(self, growing: Sequence[tuple[Session, DraftOrder, ChildRule]]) -> list[TokenTree]:
+        """All levels in one native call, or in one graph."""
+        if self._graphs is None:
+            return grow_natively(self.name, self.model, self.cache, self.settings, growing)
+        trees: list[TokenTree] = []
+        for part in self._graphs.parts(growing):
+            logits = root_logits(self.model, self.cache, [session for session, _, _ in part])
+            trees += self._graphs.grow(self.name, part, logits)
+        return trees
 
     def _make_room(self, key: SessionKey, entries: int, busy: set[int]) -> bool:
         """Reserve so much KV for a session, if need be that of the sessions that have not drafted for the longest time.
@@ -133,16 +154,18 @@ class Drafter:
     def _split(
         self, growing: Sequence[tuple[Session, DraftOrder]]
     ) -> tuple[list[tuple[Session, DraftOrder, ChildRule]], list[tuple[Session, DraftOrder]]]:
-        """What the native loop can grow, with its rules, and what it cannot."""
-        native: list[tuple[Session, DraftOrder, ChildRule]] = []
+        """What can be grown in one go, with its rules, and what cannot."""
+        ruled: list[tuple[Session, DraftOrder, ChildRule]] = []
         by_level: list[tuple[Session, DraftOrder]] = []
         for session, order in growing:
-            rule = native_rule(session.pipeline.params, order.selection, self.settings.calibration)
-            if rule is not None and self.model.grows_trees:
-                native.append((session, order, rule))
+            rule = child_rule(session.pipeline.params, order.selection, self.settings.calibration)
+            if rule is not None and (
+                self.model.grows_trees if self._graphs is None else self._graphs.takes(order, rule)
+            ):
+                ruled.append((session, order, rule))
             else:
                 by_level.append((session, order))
-        return native, by_level
+        return ruled, by_level
 
     def _keep(self, session: Session, slots: Sequence[int]) -> None:
         """Move the KV of accepted nodes right behind the committed entries; `slots` count from there, in path order."""

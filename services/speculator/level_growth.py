@@ -35,7 +35,10 @@ def grow_by_level(
     """
     growths = [_Growth(session, _expansion(name, session, order, settings)) for session, order in growing]
     level = [growth for growth in growths if growth.expansion.frontier()]
-    log_probs = _roots(model, cache, level)
+    log_probs: list[torch.Tensor] = []
+    if level:
+        logits = root_logits(model, cache, [growth.session for growth in level])
+        log_probs = _log_probs(level, logits, [1] * len(level))
     while level:
         level = _extend(level, log_probs)
         log_probs = _frontiers(model, cache, level)
@@ -60,18 +63,6 @@ def _expansion(name: str, session: Session, order: DraftOrder, settings: Drafter
         min_confidence=max(settings.min_confidence, order.min_confidence),
         source=name,
     )
-
-
-def _roots(model: Transformer, cache: KVCache, level: Sequence[_Growth]) -> list[torch.Tensor]:
-    """Compute the tokens that are not in the cache yet; log-probabilities behind each root, [1, vocab] each."""
-    if not level:
-        return []
-    segments = [_uncomputed_segment(growth.session) for growth in level]
-    last = [end - 1 for end in accumulate(len(segment.token_ids) for segment in segments)]
-    logits = model.step(segments, last, cache)
-    for growth in level:
-        growth.session.cache.length = len(growth.session.tokens) - 1  # the root's entry is the first of the tree's
-    return _log_probs(level, logits, [1] * len(level))
 
 
 def _frontiers(model: Transformer, cache: KVCache, level: Sequence[_Growth]) -> list[torch.Tensor]:
@@ -100,6 +91,19 @@ def _extend(level: Sequence[_Growth], log_probs: list[torch.Tensor]) -> list[_Gr
     for growth, rows, flat, ranking in zip(level, log_probs, numbers, ranked, strict=True):
         growth.expansion.extend(rows, flat.view(ranking.shape))
     return [growth for growth in level if growth.expansion.frontier()]
+
+
+def root_logits(model: Transformer, cache: KVCache, sessions: Sequence[Session]) -> torch.Tensor:
+    """Compute the tokens that are not in the cache yet, the roots last; logits behind those, float32 [sessions, vocab].
+
+    The next step may overwrite them.
+    """
+    segments = [_uncomputed_segment(session) for session in sessions]
+    last = [end - 1 for end in accumulate(len(segment.token_ids) for segment in segments)]
+    logits = model.step(segments, last, cache)
+    for session in sessions:
+        session.cache.length = len(session.tokens) - 1  # the root's entry is the first of the tree's
+    return logits
 
 
 def _uncomputed_segment(session: Session) -> Segment:

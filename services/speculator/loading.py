@@ -83,4 +83,4 @@ def _drafter(settings: SpeculatorSettings, loaded: LoadedModel[Transformer]) -> 
         stream=secrets.randbits(63),
         calibration=calibration,
     )
-    return Drafter(loaded.facts.model, loaded.model, loaded.cache, drafting)
+    return Drafter(loaded.facts.model, loaded.model, loaded.cache, drafting, loaded.model.capture)

@@ -38,8 +38,8 @@ def grow_natively(
     return trees
 
 
-def native_rule(params: SamplingParams, selection: ChildSelection, calibration: Calibration) -> ChildRule | None:
-    """The rule by which `rank_children` chooses behind `LogitsPipeline`; None where the native loop has none.
+def child_rule(params: SamplingParams, selection: ChildSelection, calibration: Calibration) -> ChildRule | None:
+    """The rule by which `rank_children` chooses behind `LogitsPipeline`; None where a ChildRule cannot say it.
 
     It has no draws without replacement and nothing that depends on the tokens before: bias and penalties.
     """

@@ -1,0 +1,254 @@
+"""Trees of one small model, all levels of all sequences in one CUDA graph: one copy to the device, one back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels.draft_loop.native import ChildRule
+from runtime.batch import FlatBatch
+from runtime.kv_cache import BLOCK_SIZE, KVCache, longest_sequence_blocks
+from runtime.step_graph import MASK_WORDS, MAX_ROWS, MIN_BLOCKS, Capture, Compute, StepComputer, power_of_four
+from services.speculator.session import DrafterSettings, DraftOrder, Session
+from speculation.batch_growth import BatchGrowth, Frontier, GrowthRules
+from speculation.expansion import Slots
+from speculation.noise import gumbel_keys
+from speculation.tree import MAX_NODES, TokenTree
+
+# Below this, dividing by the temperature already leaves the most likely token alone.
+_SMALLEST_TEMPERATURE = 1e-20
+
+Growing = tuple[Session, DraftOrder, ChildRule]
+
+
+@dataclass(frozen=True)
+class GrowthShape:
+    """Sizes of a growth's buffers. nodes: of a tree, depth: levels of it. noisy: whether any scores have noise."""
+
+    sequences: int
+    blocks: int
+    nodes: int
+    depth: int
+    noisy: bool
+
+
+class GrowthGraphs:
+    """The growths of one model on one cache. A shape is captured when it first occurs. One thread owns it."""
+
+    def __init__(self, model: StepComputer, cache: KVCache, settings: DrafterSettings, capture: Capture) -> None:
+        self._model = model
+        self._cache = cache
+        self._beam = settings.beam
+        self._floor = settings.min_confidence
+        self._capture = capture
+        self._most_blocks = longest_sequence_blocks(model.config)
+        self._growths: dict[GrowthShape, tuple[_StaticGrowth, Compute]] = {}
+
+    @property
+    def shapes(self) -> list[GrowthShape]:
+        """What has been captured so far."""
+        return list(self._growths)
+
+    def takes(self, order: DraftOrder, rule: ChildRule) -> bool:
+        """Whether such a tree can be grown here: no static shape, and no filter of the distribution."""
+        filtered = rule.top_k > 0 or rule.top_p < 1 or rule.min_p > 0
+        return not order.widths and not filtered and order.nodes > 0 and order.depth > 0
+
+    def parts(self, growing: Sequence[Growing]) -> list[Sequence[Growing]]:
+        """As many at a time as a step has rows for."""
+        most = MAX_ROWS // self._beam
+        return [growing[start : start + most] for start in range(0, len(growing), most)]
+
+    @torch.inference_mode()
+    def grow(self, name: str, growing: Sequence[Growing], root_logits: torch.Tensor) -> list[TokenTree]:
+        """The trees, in the order given; the sessions know afterwards what was evaluated.
+
+        name: becomes the trees' source. root_logits: float32 [len(growing), vocab], on the model's device. The cache of
+        each session ends before its last token, the root, whose key and value are there, and has blocks for the draft.
+        """
+        shape = self._shape_of(growing)
+        if shape not in self._growths:
+            self._growths[shape] = self._prepare(shape)
+        static, compute = self._growths[shape]
+        static.fill(growing, self._floor, root_logits)
+        compute()
+        return static.trees(name, growing)
+
+    def _shape_of(self, growing: Sequence[Growing]) -> GrowthShape:
+        blocks = max(len(session.cache.blocks) for session, _, _ in growing)
+        nodes = max(order.nodes for _, order, _ in growing)
+        return GrowthShape(
+            power_of_four(len(growing), 1),
+            min(power_of_four(blocks, MIN_BLOCKS), self._most_blocks),
+            min(1 << (nodes - 1).bit_length(), MAX_NODES - 1, self._model.config.vocab_size),
+            max(order.depth for _, order, _ in growing),
+            any(rule.noise_seed is not None for _, _, rule in growing),
+        )
+
+    def _prepare(self, shape: GrowthShape) -> tuple[_StaticGrowth, Compute]:
+        static = _StaticGrowth(shape, self._beam, self._model, self._cache)
+        return static, self._capture(static.compute)
+
+
+class _StaticGrowth:
+    """Buffers that stay where they are, padded to a shape, and what is computed from them.
+
+    Sequences that only pad have no tree: their rows see nothing and write to the scratch slot.
+    """
+
+    def __init__(self, shape: GrowthShape, beam: int, model: StepComputer, cache: KVCache) -> None:
+        self._shape = shape
+        self._beam = min(beam, shape.nodes)
+        self._model = model
+        self._cache = cache
+        slots = 1 + self._beam * shape.depth
+        self._words = next(size for size in MASK_WORDS if slots <= 64 * size)
+        device, cuda = model.device, model.device.type == "cuda"
+        count = shape.sequences
+        numbers = count * (4 + shape.depth) + 3 * count + (count * shape.blocks + 1) // 2
+        self._host = torch.zeros(numbers, dtype=torch.int64, pin_memory=cuda)
+        self._device = torch.zeros(numbers, dtype=torch.int64, device=device)
+        self._given = _Given.of(self._host, shape)
+        self._given.real[1:].fill_(1)  # temperatures and scales of what pads
+        self._device.copy_(self._host)
+        self._input = _Given.of(self._device, shape)
+        self._root_logits = torch.zeros(count, model.config.vocab_size, device=device)
+        self._row_sequences = torch.arange(count, dtype=torch.int32, device=device).repeat_interleave(self._beam)
+        self._result = torch.zeros(4, count, shape.nodes, dtype=torch.int64, device=device)
+
+    def fill(self, growing: Sequence[Growing], floor: float, root_logits: torch.Tensor) -> None:
+        """Copy what is wanted to the device, in the order of its stream. The last results have been read."""
+        given, count = self._given, len(growing)
+        given.whole.zero_()  # what pads has no tree
+        if growing:
+            sessions, orders, rules = zip(*growing, strict=True)
+            given.whole[:, :count] = torch.tensor(
+                [
+                    [len(session.tokens) - 1 for session in sessions],
+                    [order.nodes for order in orders],
+                    [order.depth for order in orders],
+                    [rule.noise_seed is not None for rule in rules],
+                ]
+            )
+            least = [max(floor, order.min_confidence) for order in orders]
+            given.real[:, :count] = torch.tensor(
+                [
+                    [math.log(value) if value > 0 else -math.inf for value in least],
+                    [max(rule.temperature, _SMALLEST_TEMPERATURE) for rule in rules],
+                    [rule.scale for rule in rules],
+                ],
+                dtype=torch.float64,
+            )
+            given.noise_keys[:count] = torch.tensor([self._keys(session, rule) for session, _, rule in growing])
+            widest = max(len(session.cache.blocks) for session in sessions)
+            tables = [session.cache.blocks + [0] * (widest - len(session.cache.blocks)) for session in sessions]
+            given.tables[:count, :widest] = torch.tensor(tables, dtype=torch.int32)
+        self._device.copy_(self._host, non_blocking=True)
+        self._root_logits[:count].copy_(root_logits)
+
+    def _keys(self, session: Session, rule: ChildRule) -> list[int]:
+        """Of the positions behind the root."""
+        if rule.noise_seed is None:
+            return [0] * self._shape.depth
+        return gumbel_keys(rule.noise_seed, range(len(session.tokens), len(session.tokens) + self._shape.depth))
+
+    def compute(self) -> None:
+        """All levels; what is read is on the device before."""
+        lengths, nodes, depth, noisy = self._input.whole
+        floor, temperature, scale = self._input.real
+        keys = self._input.noise_keys if self._shape.noisy else None
+        rules = GrowthRules(nodes, depth, floor, temperature.float(), scale, keys, noisy > 0)
+        growth = BatchGrowth(rules, self._shape.nodes, self._beam, self._words)
+        growth.extend(self._root_logits[:, None])
+        for level in range(1, self._shape.depth):
+            batch = self._batch(growth.frontier, lengths, level)
+            logits = self._model.logits(self._model.forward(batch, self._cache))
+            growth.extend(logits.view(self._shape.sequences, self._beam, -1))
+        numbers = (growth.token_ids, growth.parents, growth.slots, growth.confidences.view(torch.int64))
+        torch.stack(numbers, out=self._result)
+
+    def _batch(self, frontier: Frontier, lengths: torch.Tensor, level: int) -> FlatBatch:
+        active, tables = frontier.active, self._input.tables
+        entries = lengths[:, None] + frontier.slots
+        blocks = tables.gather(1, (entries // BLOCK_SIZE).clamp(0, self._shape.blocks - 1))
+        slots = torch.where(active, blocks * BLOCK_SIZE + entries % BLOCK_SIZE, self._cache.scratch_slot)
+        seen = torch.where(active, lengths[:, None], 0)
+        masks = frontier.masks.masked_fill(~active[:, :, None], 0)
+        return FlatBatch(
+            token_ids=torch.where(active, frontier.token_ids, 0).flatten(),
+            positions=torch.where(active, lengths[:, None] + level, 0).flatten(),
+            slots=slots.flatten(),
+            row_sequences=self._row_sequences,
+            prefix_lengths=seen.int().flatten(),
+            masks=masks.flatten(0, 1),
+            block_tables=tables,
+        )
+
+    def trees(self, name: str, growing: Sequence[Growing]) -> list[TokenTree]:
+        """Wait for the results, copy them here and read them."""
+        token_ids, parents, slots, confidences = self._result[:, : len(growing)].cpu()
+        rows = zip(
+            growing,
+            token_ids.tolist(),
+            parents.tolist(),
+            slots.tolist(),
+            confidences.view(torch.float64).tolist(),
+            strict=True,
+        )
+        return [_tree(name, session, *row) for (session, _, _), *row in rows]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Views of one int64 buffer.
+
+    whole: int64 [4, sequences], tokens before the root, most nodes, most depth, whether there is noise.
+    noise_keys: int64 [sequences, depth]. real: float64 [3, sequences], floor, temperature, scale.
+    tables: int32 [sequences, blocks].
+    """
+
+    whole: torch.Tensor
+    noise_keys: torch.Tensor
+    real: torch.Tensor
+    tables: torch.Tensor
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor, shape: GrowthShape) -> _Given:
+        count = shape.sequences
+        sizes = [4 * count, shape.depth * count, 3 * count]
+        whole, keys, real, tables = buffer.split([*sizes, len(buffer) - sum(sizes)])
+        return cls(
+            whole.view(4, count),
+            keys.view(count, shape.depth),
+            real.view(torch.float64).view(3, count),
+            tables.view(torch.int32)[: count * shape.blocks].view(count, shape.blocks),
+        )
+
+
+def _tree(
+    name: str,
+    session: Session,
+    token_ids: Sequence[int],
+    parents: Sequence[int],
+    slots: Sequence[int],
+    confidences: Sequence[float],
+) -> TokenTree:
+    """token_ids, parents, slots, confidences: as in BatchGrowth."""
+    count = sum(confidence > -math.inf for confidence in confidences)
+    node_of = {0: 0} | {slot: node for node, slot in enumerate(slots[:count], start=1) if slot >= 0}
+    last = max(node_of)
+    slot_tokens, slot_parents = [-1] * (last + 1), [-2] * (last + 1)  # nothing stands where no node has the slot
+    slot_tokens[0], slot_parents[0] = session.tokens[-1], -1
+    for slot, node in node_of.items():
+        if node:
+            slot_tokens[slot], slot_parents[slot] = token_ids[node - 1], parents[node - 1]
+    session.slots = Slots(slot_tokens, slot_parents)
+    return TokenTree(
+        (session.tokens[-1], *token_ids[:count]),
+        (-1, *[node_of[parent] for parent in parents[:count]]),
+        source=name,
+        confidences=(0.0, *confidences[:count]),
+    ).depth_first()
