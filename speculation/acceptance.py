@@ -14,7 +14,7 @@ import torch
 
 from speculation.children import ChildSelection
 from speculation.merge import MergedDraft
-from speculation.noise import gumbel_noise, uniform
+from speculation.noise import gumbel_keys, gumbel_noise, gumbel_noise_of, uniform
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
 
@@ -114,6 +114,27 @@ def choose_behind_all(
     if greedy:
         return log_probs.argmax(-1)
     return choose_tokens(log_probs, seed, [position + depth for depth in tree.depths()])
+
+
+def draw_behind(
+    logits: torch.Tensor,
+    rows: Sequence[int],
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+) -> torch.Tensor:
+    """`choose_tokens` behind nodes of many sequences, whose logits need no more than a temperature; one each.
+
+    logits: float32 [n, vocab]. Returns int64 [len(rows)] on the same device; nothing is read back.
+    """
+    device = logits.device
+    scores = logits[torch.tensor(rows, device=device)]
+    scale = torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
+    # As LogitsPipeline does it, to the bit.
+    scores = torch.where(scale == 1, scores, (scores - scores.amax(-1, keepdim=True)) / scale)
+    keys = [gumbel_keys(seed, [position])[0] for seed, position in zip(seeds, positions, strict=True)]
+    noise = gumbel_noise_of(torch.tensor(keys, dtype=torch.int64, device=device), logits.shape[-1])
+    return noise.add_(scores.log_softmax(-1)).argmax(-1)
 
 
 def choose_tokens(log_probs: torch.Tensor, seed: int, positions: Sequence[int]) -> torch.Tensor:

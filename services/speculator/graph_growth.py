@@ -18,6 +18,7 @@ from speculation.expansion import Slots
 from speculation.noise import gumbel_keys
 from speculation.tree import MAX_NODES, TokenTree
 
+LEAST_NODES = 4  # of a captured growth
 # Below this, dividing by the temperature already leaves the most likely token alone.
 _SMALLEST_TEMPERATURE = 1e-20
 
@@ -47,15 +48,11 @@ class GrowthGraphs:
         self._most_blocks = longest_sequence_blocks(model.config)
         self._growths: dict[GrowthShape, tuple[_StaticGrowth, Compute]] = {}
 
-    @property
-    def shapes(self) -> list[GrowthShape]:
-        """What has been captured so far."""
-        return list(self._growths)
-
     def takes(self, order: DraftOrder, rule: ChildRule) -> bool:
-        """Whether such a tree can be grown here: no static shape, and no filter of the distribution."""
+        """Whether such a tree can be grown here: no static shape, no filter of the distribution, and masks that fit."""
         filtered = rule.top_k > 0 or rule.top_p < 1 or rule.min_p > 0
-        return not order.widths and not filtered and order.nodes > 0 and order.depth > 0
+        grows = order.nodes > 0 and order.depth > 0
+        return grows and not order.widths and not filtered and _words(self._beam, _levels(order.depth)) is not None
 
     def parts(self, growing: Sequence[Growing]) -> list[Sequence[Growing]]:
         """As many at a time as a step has rows for."""
@@ -79,12 +76,11 @@ class GrowthGraphs:
 
     def _shape_of(self, growing: Sequence[Growing]) -> GrowthShape:
         blocks = max(len(session.cache.blocks) for session, _, _ in growing)
-        nodes = max(order.nodes for _, order, _ in growing)
         return GrowthShape(
             power_of_four(len(growing), 1),
             min(power_of_four(blocks, MIN_BLOCKS), self._most_blocks),
-            min(1 << (nodes - 1).bit_length(), MAX_NODES - 1, self._model.config.vocab_size),
-            max(order.depth for _, order, _ in growing),
+            min(power_of_four(max(order.nodes for _, order, _ in growing), LEAST_NODES), MAX_NODES - 1),
+            _levels(max(order.depth for _, order, _ in growing)),
             any(rule.noise_seed is not None for _, _, rule in growing),
         )
 
@@ -104,8 +100,9 @@ class _StaticGrowth:
         self._beam = min(beam, shape.nodes)
         self._model = model
         self._cache = cache
-        slots = 1 + self._beam * shape.depth
-        self._words = next(size for size in MASK_WORDS if slots <= 64 * size)
+        words = _words(self._beam, shape.depth)
+        assert words is not None, "ask takes first"
+        self._words = words
         device, cuda = model.device, model.device.type == "cuda"
         count = shape.sequences
         numbers = count * (4 + shape.depth) + 3 * count + (count * shape.blocks + 1) // 2
@@ -123,29 +120,28 @@ class _StaticGrowth:
         """Copy what is wanted to the device, in the order of its stream. The last results have been read."""
         given, count = self._given, len(growing)
         given.whole.zero_()  # what pads has no tree
-        if growing:
-            sessions, orders, rules = zip(*growing, strict=True)
-            given.whole[:, :count] = torch.tensor(
-                [
-                    [len(session.tokens) - 1 for session in sessions],
-                    [order.nodes for order in orders],
-                    [order.depth for order in orders],
-                    [rule.noise_seed is not None for rule in rules],
-                ]
-            )
-            least = [max(floor, order.min_confidence) for order in orders]
-            given.real[:, :count] = torch.tensor(
-                [
-                    [math.log(value) if value > 0 else -math.inf for value in least],
-                    [max(rule.temperature, _SMALLEST_TEMPERATURE) for rule in rules],
-                    [rule.scale for rule in rules],
-                ],
-                dtype=torch.float64,
-            )
-            given.noise_keys[:count] = torch.tensor([self._keys(session, rule) for session, _, rule in growing])
-            widest = max(len(session.cache.blocks) for session in sessions)
-            tables = [session.cache.blocks + [0] * (widest - len(session.cache.blocks)) for session in sessions]
-            given.tables[:count, :widest] = torch.tensor(tables, dtype=torch.int32)
+        sessions, orders, rules = zip(*growing, strict=True)
+        given.whole[:, :count] = torch.tensor(
+            [
+                [len(session.tokens) - 1 for session in sessions],
+                [order.nodes for order in orders],
+                [order.depth for order in orders],
+                [rule.noise_seed is not None for rule in rules],
+            ]
+        )
+        least = [max(floor, order.min_confidence) for order in orders]
+        given.real[:, :count] = torch.tensor(
+            [
+                [math.log(value) if value > 0 else -math.inf for value in least],
+                [max(rule.temperature, _SMALLEST_TEMPERATURE) for rule in rules],
+                [rule.scale for rule in rules],
+            ],
+            dtype=torch.float64,
+        )
+        given.noise_keys[:count] = torch.tensor([self._keys(session, rule) for session, _, rule in growing])
+        widest = max(len(session.cache.blocks) for session in sessions)
+        tables = [session.cache.blocks + [0] * (widest - len(session.cache.blocks)) for session in sessions]
+        given.tables[:count, :widest] = torch.tensor(tables, dtype=torch.int32)
         self._device.copy_(self._host, non_blocking=True)
         self._root_logits[:count].copy_(root_logits)
 
@@ -199,6 +195,16 @@ class _StaticGrowth:
             strict=True,
         )
         return [_tree(name, session, *row) for (session, _, _), *row in rows]
+
+
+def _levels(depth: int) -> int:
+    """Captured for trees of such a depth: rows that see nothing cost less than a capture for each depth."""
+    return 1 << (depth - 1).bit_length()
+
+
+def _words(beam: int, levels: int) -> int | None:
+    """Words of a mask with a bit for each slot; None where the kernels have none so long."""
+    return next((size for size in MASK_WORDS if 1 + beam * levels <= 64 * size), None)
 
 
 @dataclass(frozen=True)

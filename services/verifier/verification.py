@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -13,7 +14,15 @@ from kernels.token_draw.native import draw_tokens
 from runtime.step_model import StepModel
 from services.verifier.runner import StepLogits
 from services.verifier.sequence import Sequence
-from speculation.acceptance import AcceptanceRule, Accepted, accept, accept_chosen, choose_behind_all, resolve_rule
+from speculation.acceptance import (
+    AcceptanceRule,
+    Accepted,
+    accept,
+    accept_chosen,
+    choose_behind_all,
+    draw_behind,
+    resolve_rule,
+)
 from speculation.merge import MergedDraft
 from speculation.tree import TokenTree
 
@@ -78,7 +87,12 @@ def _choose(
             chosen[sequence.id] = argmax[start : start + len(tree)]
         elif choosing is Choosing.NATIVE and _is_plain_draw(sequence, sampling_rule):
             drawn.append((sequence, tree))
-    return chosen | _draw(drawn, logits) if drawn else chosen
+    if drawn:
+        draws = _Draws.behind(drawn, logits)
+        tokens = iter(draw_tokens(logits.trees, draws.rows, draws.temperatures, draws.seeds, draws.positions))
+        for sequence_id, count in zip(draws.sequence_ids, draws.counts, strict=True):
+            chosen[sequence_id] = list(islice(tokens, count))
+    return chosen
 
 
 def _choose_on_device(
@@ -90,12 +104,19 @@ def _choose_on_device(
     plain = any(sequence.pipeline.plain_argmax for sequence in sequences)
     argmax = logits.trees.argmax(-1) if plain else logits.trees.new_empty(0, dtype=torch.int64)
     parts: dict[int, torch.Tensor] = {}
+    drawn: list[tuple[Sequence, TokenTree]] = []
     for sequence in sequences:
         tree, start = drafts[sequence.id].tree, logits.tree_starts[sequence.id]
         if sequence.pipeline.plain_argmax:
             parts[sequence.id] = argmax[start : start + len(tree)]
+        elif _is_plain_draw(sequence, sampling_rule):
+            drawn.append((sequence, tree))
         elif resolve_rule(sampling_rule, sequence.request.sampling) is not AcceptanceRule.MSS:
             parts[sequence.id] = _choose_processed(sequence, tree, logits.trees[start : start + len(tree)])
+    if drawn:
+        draws = _Draws.behind(drawn, logits)
+        behind = draw_behind(logits.trees, draws.rows, draws.temperatures, draws.seeds, draws.positions)
+        parts |= zip(draws.sequence_ids, behind.split(draws.counts), strict=True)
     if not parts:
         return {}
     tokens = torch.cat(list(parts.values())).cpu().split([len(part) for part in parts.values()])
@@ -107,21 +128,33 @@ def _is_plain_draw(sequence: Sequence, sampling_rule: AcceptanceRule) -> bool:
     return rule is not AcceptanceRule.MSS and sequence.pipeline.plain_temperature is not None
 
 
-def _draw(drawn: Items[tuple[Sequence, TokenTree]], logits: StepLogits) -> dict[int, list[int]]:
-    """The tokens that `choose_tokens` gives behind every node, for sequences whose logits need no more than a scale."""
-    rows: list[int] = []
-    temperatures: list[float] = []
-    seeds: list[int] = []
-    positions: list[int] = []
-    for sequence, tree in drawn:
-        start, count, temperature = logits.tree_starts[sequence.id], len(tree), sequence.pipeline.plain_temperature
-        assert temperature is not None
-        rows.extend(range(start, start + count))
-        temperatures += [temperature] * count
-        seeds += [sequence.request.sampling.seed] * count
-        positions += [len(sequence.tokens) + depth for depth in tree.depths()]
-    tokens = iter(draw_tokens(logits.trees, rows, temperatures, seeds, positions))
-    return {sequence.id: list(islice(tokens, len(tree))) for sequence, tree in drawn}
+@dataclass(frozen=True)
+class _Draws:
+    """Behind every node of sequences whose logits need no more than a scale, one sequence behind the other.
+
+    counts: nodes of each. The others are of each node.
+    """
+
+    sequence_ids: list[int]
+    counts: list[int]
+    rows: list[int]
+    temperatures: list[float]
+    seeds: list[int]
+    positions: list[int]
+
+    @classmethod
+    def behind(cls, drawn: Items[tuple[Sequence, TokenTree]], logits: StepLogits) -> _Draws:
+        draws = cls([], [], [], [], [], [])
+        for sequence, tree in drawn:
+            start, count, temperature = logits.tree_starts[sequence.id], len(tree), sequence.pipeline.plain_temperature
+            assert temperature is not None
+            draws.sequence_ids.append(sequence.id)
+            draws.counts.append(count)
+            draws.rows.extend(range(start, start + count))
+            draws.temperatures.extend([temperature] * count)
+            draws.seeds.extend([sequence.request.sampling.seed] * count)
+            draws.positions.extend([len(sequence.tokens) + depth for depth in tree.depths()])
+        return draws
 
 
 def _choose_processed(sequence: Sequence, tree: TokenTree, rows: torch.Tensor) -> torch.Tensor:

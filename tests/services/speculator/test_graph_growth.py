@@ -120,7 +120,8 @@ def test_a_shape_is_captured_once_without_a_trace_in_the_cache(model: Transforme
     capture.before = lambda: captured.cache.data[:, :, : captured.cache.scratch_slot].clone()
     for sequence in (1, 2, 3):
         captured.open((1, sequence), [7, 30, sequence], 3, GREEDY)
-    for orders in ([order(1)], [order(2)], [order(2, nodes=9)], [order(1), order(2), order(3)], [order(1), order(3)]):
+    one, other, third = order(1), order(2, nodes=5, depth=7), order(3)
+    for orders in ([one], [other], [third], [one, other, third], [one, third]):
         captured.draft(orders)
     assert capture.captures == 2, "one sequence, and up to four"
 
@@ -145,9 +146,9 @@ def test_what_is_static_filtered_or_drawn_is_left_to_others(model: Transformer) 
     cache = KVCache(model.config, 8, model.device, model.activation_dtype)
     settings = DrafterSettings(prefill_chunk=64, beam=2, min_confidence=0, stream=1, calibration=Calibration())
     graphs = GrowthGraphs(model, cache, settings, plain_call)
-    assert graphs.shapes == []
     assert graphs.takes(order(1), ChildRule(noise_seed=3, scale=0.4, temperature=0.7))
     assert not graphs.takes(order(1, widths=(2,)), ChildRule())
+    assert not graphs.takes(order(1, depth=200), ChildRule()), "over 256 slots"
     for rule in (ChildRule(top_k=4), ChildRule(top_p=0.9), ChildRule(min_p=0.1)):
         assert not graphs.takes(order(1), rule)
 

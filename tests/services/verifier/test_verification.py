@@ -23,6 +23,7 @@ PARAMS = [
     SamplingParams(temperature=0, repetition_penalty=1.4, presence_penalty=0.5),
     SamplingParams(temperature=0, logit_bias={3: 2.0}),
     SamplingParams(seed=7),
+    SamplingParams(seed=2**64 - 1, temperature=0.6),
     SamplingParams(seed=8, temperature=0.6, top_p=0.8, frequency_penalty=0.9),
     SamplingParams(seed=9, temperature=1.4, top_k=5, min_p=0.05),
 ]
