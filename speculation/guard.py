@@ -56,9 +56,9 @@ class Guard:
         return self._steps
 
     @property
-    def plain_steps(self) -> int:
-        """That are known."""
-        return self._plain_steps
+    def known(self) -> int:
+        """Steps that are, plain or drafted since the trial began."""
+        return self._plain_steps + self._steps
 
     @property
     def hope(self) -> float:

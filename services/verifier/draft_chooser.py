@@ -75,8 +75,7 @@ class DraftChooser:
             if len(self._reckoned) >= _MOST_HELD:
                 self._reckoned.clear()
             price = self._prices.price(rows, decoding, decoding * self._most_nodes)
-            known = self._guards.at(decoding)[0].plain_steps
-            until = self._steps + 1 + min(known // _HOLD_SHARE, _HOLD_STEPS)
+            until = self._steps + 1 + min(self._guards.at(decoding)[0].known // _HOLD_SHARE, _HOLD_STEPS)
             held = self._reckoned[decoding, rows] = Reckoned(price, rows, until)
         return held
 
