@@ -32,9 +32,12 @@ from kernels.tree_attention.tiling import Tiling, choose_tiling
 from runtime.kv_cache import KVCache
 from runtime.step_graph import StepGraphs, plain_call
 from runtime.transformer import LoadOptions, Transformer
+from speculation.children import ChildSelection
+from speculation.sampling import SamplingParams
 from tests.kernels import test_decoder_blocks as layers
 from tests.kernels.problems import Problem, Shape, make_problem
 from tests.runtime.test_step_graph import run_steps
+from tests.services.speculator.test_graph_growth import assert_same_drafts, drafter, order
 from tests.tiny_models import write_model
 
 T = TypeVar("T", AttentionWeights, MlpWeights, AttentionBatch)
@@ -218,13 +221,30 @@ def moved(arguments: T) -> T:
     return replace(arguments, **tensors)  # type: ignore[arg-type]  # a mapping has lost which field is which
 
 
-def test_padded_steps_of_a_model_equal_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel in its place, on the shapes that are captured in graphs."""
-    folder = write_model(tmp_path / "model", "qwen3")
+def with_torch_and_triton(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Transformer, Transformer]:
+    """The same model on PyTorch's operations and on every Triton kernel."""
+    write_model(folder, "qwen3")
     reference = Transformer.load(folder, LoadOptions(device="cpu", kernels="torch"))
     monkeypatch.setattr("runtime.transformer.choose_backend", lambda *_, **__: choose_backend(GPU, "triton"))
     model = Transformer.load(folder, LoadOptions(device=DEVICE, dtype="float32"))
     assert model.backend.name == "triton"
+    return reference, model
+
+
+def test_drafts_grown_in_one_go_equal_those_of_torch_level_by_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, model = with_torch_and_triton(tmp_path, monkeypatch)
+    wanted = {
+        1: (SamplingParams(temperature=0), order(1, nodes=6, depth=3)),
+        2: (SamplingParams(seed=8), order(2, selection=ChildSelection.SHARED_NOISE, depth=2)),
+    }
+    assert_same_drafts(drafter(model, plain_call), drafter(reference, None), wanted, steps=2)
+
+
+def test_padded_steps_of_a_model_equal_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel in its place, on the shapes that are captured in graphs."""
+    reference, model = with_torch_and_triton(tmp_path, monkeypatch)
     caches = [KVCache(m.config, 64, m.device, torch.float32) for m in (reference, model)]
     expected = run_steps(reference, caches[0], None, sizes=(1, 3, 6))
     actual = run_steps(model, caches[1], StepGraphs(model, caches[1], plain_call), sizes=(1, 3, 6))
