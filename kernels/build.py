@@ -37,7 +37,7 @@ def compiler_flags(machine: str, target: str = NATIVE) -> list[str]:
     return ["-std=c++17", "-O3", f"{option}={family}", *(f"-m{name}" for name in extensions), *rest]
 
 
-def library_path(target: str = NATIVE) -> Path:
+def shared_library_path(target: str = NATIVE) -> Path:
     """Where the library of this source for that target is, or will be."""
     digest = hashlib.sha256()
     for source in sorted(SOURCE.glob("*.cpp")) + sorted(SOURCE.glob("*.h")):
@@ -54,11 +54,11 @@ def find_library() -> Path:
     Raises:
         BuildError: there is none.
     """
-    if (own := library_path()).exists():
+    if (own := shared_library_path()).exists():
         return own
     missing: list[str] = []
     for target in portable_targets():
-        if (path := library_path(target.name)).exists():
+        if (path := shared_library_path(target.name)).exists():
             if not target.missing():
                 return path
             missing.append(f"{target.name} (this CPU lacks {', '.join(target.missing())})")
@@ -87,7 +87,7 @@ def build(target: str = NATIVE) -> Path:
     Raises:
         BuildError: no compiler, or it failed or took longer than TIMEOUT_SECONDS.
     """
-    library = library_path(target)
+    library = shared_library_path(target)
     if library.exists():
         return library
     BUILD.mkdir(exist_ok=True)
@@ -102,7 +102,7 @@ def build(target: str = NATIVE) -> Path:
         if done.returncode:
             raise BuildError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr.strip()}")
         unfinished.replace(library)  # atomic: nobody loads half a library
-    current = {library_path(name) for name in (NATIVE, *(target.name for target in portable_targets()))}
+    current = {shared_library_path(name) for name in (NATIVE, *(target.name for target in portable_targets()))}
     for stale in set(BUILD.glob("specserve-*.so")) - current:
         stale.unlink(missing_ok=True)
     return library

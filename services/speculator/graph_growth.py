@@ -78,7 +78,7 @@ class GrowthGraphs:
         blocks = max(len(session.cache.blocks) for session, _, _ in growing)
         return GrowthShape(
             power_of_four(len(growing), 1),
-            min(power_of_four(blocks, MIN_BLOCKS), self._most_blocks),
+            max(blocks, min(power_of_four(blocks, MIN_BLOCKS), self._most_blocks)),
             min(power_of_four(max(order.nodes for _, order, _ in growing), LEAST_NODES), MAX_NODES - 1),
             _levels(max(order.depth for _, order, _ in growing)),
             any(rule.noise_seed is not None for _, _, rule in growing),

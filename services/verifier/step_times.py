@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.build import library_path
+from kernels.build import shared_library_path
 from kernels.native import get_num_threads, native_available
 from kernels.targets import cpu_identity
 from runtime.step_model import StepModel
@@ -114,7 +114,7 @@ def model_facts(model: StepModel) -> dict[str, object]:
         "version": VERSION,
         "config": dataclasses.asdict(model.config) | {"eos_token_ids": None},
         "weights": str(model.weight_dtype),
-        "kernels": library_path().name if model.backend.name == "native" else model.backend.name,
+        "kernels": shared_library_path().name if model.backend.name == "native" else model.backend.name,
         "torch": torch.__version__,
     }
 

@@ -18,12 +18,12 @@ def test_a_second_build_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_name_follows_source_and_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = {build.library_path().name}
+    names = {build.shared_library_path().name}
     monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
-    names.add(build.library_path().name)
+    names.add(build.shared_library_path().name)
     (tmp_path / "library.cpp").write_text("int answer;")
     monkeypatch.setattr(build, "SOURCE", tmp_path)
-    names.add(build.library_path().name)
+    names.add(build.shared_library_path().name)
     assert len(names) == 3
 
 
@@ -92,7 +92,7 @@ def test_the_most_capable_portable_library_that_runs_is_taken(
     assert len(list(portable.iterdir())) == len(targets.portable_targets())
     for target in targets.portable_targets():
         with_features(monkeypatch, tmp_path, target.features)
-        assert build.find_library() == build.library_path(target.name)
+        assert build.find_library() == build.shared_library_path(target.name)
 
 
 def test_a_cpu_that_can_run_none_of_them_is_told_what_it_lacks(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels.draft_loop.native import ChildRule
-from runtime.kv_cache import KVCache, longest_sequence_blocks
+from runtime.kv_cache import BLOCK_SIZE, KVCache, longest_sequence_blocks
 from runtime.step_graph import Capture, Compute, plain_call
 from runtime.transformer import LoadOptions, Transformer
 from services.speculator.drafter import Drafter
@@ -21,7 +21,7 @@ from speculation.calibration import Calibration
 from speculation.children import ChildSelection
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
-from tests.tiny_models import VOCAB, write_model
+from tests.tiny_models import CONTEXT, VOCAB, write_model
 
 GREEDY = SamplingParams(temperature=0)
 TOP, NOISE = ChildSelection.TOP, ChildSelection.SHARED_NOISE
@@ -113,6 +113,16 @@ def test_more_sequences_than_a_step_has_rows_for(model: Transformer) -> None:
     capture = Recorded()
     assert_same_drafts(drafter(model, capture, **settings), drafter(model, None, **settings), wanted, steps=2)
     assert capture.captures == 2, "parts of 25 and 15"
+
+
+def test_a_draft_may_reserve_more_than_a_context_and_the_largest_tree(model: Transformer) -> None:
+    settings: dict[str, Any] = {"beam": 30, "min_confidence": 0.0}
+    captured, by_level = drafter(model, plain_call, **settings), drafter(model, None, **settings)
+    wanted, prompt = order(1, nodes=200, depth=8), [5] * (CONTEXT - 10)
+    for each in (captured, by_level):
+        each.open(wanted.key, prompt, len(prompt), GREEDY)
+    assert len(prompt) + 30 * 8 + 200 > longest_sequence_blocks(model.config) * BLOCK_SIZE
+    assert shape(captured.draft([wanted])[wanted.key]) == shape(by_level.draft([wanted])[wanted.key])
 
 
 def test_a_shape_is_captured_once_without_a_trace_in_the_cache(model: Transformer) -> None:
