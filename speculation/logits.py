@@ -13,7 +13,7 @@ import torch
 from speculation.sampling import SamplingParams
 
 # Below this, dividing by the temperature already leaves the most likely tokens alone in float32.
-_SMALLEST_TEMPERATURE = 1e-20
+SMALLEST_TEMPERATURE = 1e-20
 # Top-p looks among this many most likely tokens first and sorts the vocabulary only when they do not suffice.
 _NUCLEUS_GUESS = 256
 
@@ -64,7 +64,7 @@ class LogitsPipeline:
         filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         if params.greedy or filtered or self._bias is not None or params.needs_context:
             return None
-        return max(params.temperature, _SMALLEST_TEMPERATURE)
+        return max(params.temperature, SMALLEST_TEMPERATURE)
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Commit tokens of the output."""
@@ -132,7 +132,7 @@ class LogitsPipeline:
         params = self.params
         if params.temperature != 1:
             # The largest score becomes 0 first, so that no temperature overflows to inf - inf.
-            scores = (scores - scores.amax(-1, keepdim=True)) / max(params.temperature, _SMALLEST_TEMPERATURE)
+            scores = (scores - scores.amax(-1, keepdim=True)) / max(params.temperature, SMALLEST_TEMPERATURE)
         if 0 < params.top_k < scores.shape[-1]:
             smallest = scores.topk(params.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < smallest, -torch.inf)

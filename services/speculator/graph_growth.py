@@ -15,12 +15,11 @@ from runtime.step_graph import MASK_WORDS, MAX_ROWS, MIN_BLOCKS, Capture, Comput
 from services.speculator.session import DrafterSettings, DraftOrder, Session
 from speculation.batch_growth import BatchGrowth, Frontier, GrowthRules
 from speculation.expansion import Slots
+from speculation.logits import SMALLEST_TEMPERATURE
 from speculation.noise import gumbel_keys
 from speculation.tree import MAX_NODES, TokenTree
 
 LEAST_NODES = 4  # of a captured growth
-# Below this, dividing by the temperature already leaves the most likely token alone.
-_SMALLEST_TEMPERATURE = 1e-20
 
 Growing = tuple[Session, DraftOrder, ChildRule]
 
@@ -133,7 +132,7 @@ class _StaticGrowth:
         given.real[:, :count] = torch.tensor(
             [
                 [math.log(value) if value > 0 else -math.inf for value in least],
-                [max(rule.temperature, _SMALLEST_TEMPERATURE) for rule in rules],
+                [max(rule.temperature, SMALLEST_TEMPERATURE) for rule in rules],
                 [rule.scale for rule in rules],
             ],
             dtype=torch.float64,
