@@ -14,7 +14,7 @@ MAX_MOVES = 32
 CHUNK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["moves"])
 def _kv_compaction_kernel(
     cache,  # [planes, slots, slot_size]
     sources,

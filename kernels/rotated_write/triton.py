@@ -57,9 +57,9 @@ def _rotated_write_kernel(
     s = tl.load(sin + row * HALF + dim, mask=inside, other=0.0)
     turned_x, turned_y = (x * c - y * s).to(kind), (y * c + x * s).to(kind)
     if head < HEADS:
-        target = query + (row * HEADS + head) * (2 * HALF) + dim
-        tl.store(target, turned_x, mask=inside)
-        tl.store(target + HALF, turned_y, mask=inside)
+        turned = query + (row * HEADS + head) * (2 * HALF) + dim
+        tl.store(turned, turned_x, mask=inside)
+        tl.store(turned + HALF, turned_y, mask=inside)
     else:
         target = keys + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + dim
         tl.store(target, turned_x.to(keys.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ of more lines than a tile, or one that straddles two tiles, has it read again; t
 the grid and find it in the L2 cache.
 
 Batch invariance. Logical entry e belongs to split e // split_keys, and within it to tile e // tile_keys; both lengths
-follow from the model's shape (`tiling.py`). Splits are joined in ascending order, with the shares of the row's own
+follow from the model's shape (`tiling.py`). Splits are joined in chunks of one size, with the shares of the row's own
 maximum, and an entry that a row does not see changes none of its sums. So the order of a row's sums is a function of
 what the row sees alone. The height of a tile does follow the batch; what a tensor core adds up inside one instruction
 may differ between the instructions that the compiler picks for tiles of different heights.
@@ -19,6 +19,8 @@ The launch follows from shapes alone: nothing is read back from the device, so t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,9 @@ import triton.language as tl
 from kernels.blocks import check_visibility
 from kernels.tree_attention.tiling import MIN_DOT, Tiling, choose_tiling, power_of_two, warps
 
+LOG2_E = math.log2(math.e)
+# Splits that are read at a time when they are joined; the same for all batches, as it decides the order of a sum.
+JOIN_CHUNK = 32
 COMPILER_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
 
 
@@ -73,28 +78,36 @@ def _end_of_keys(prefix, masks, row, row_ok, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _slots(
+    table,  # the sequence's row of block_tables
+    entry,
+    seen,  # bool [K]: others are not read, their blocks need not exist
+    BLOCK_SIZE: tl.constexpr,
+):
+    """int64 [K]: where the entries stand in the cache."""
+    block = tl.load(table + entry // BLOCK_SIZE, mask=seen, other=0)
+    return block.to(tl.int64) * BLOCK_SIZE + entry % BLOCK_SIZE
+
+
+@triton.jit
 def _absorb_tile(
     q,
     keys,
     values,
-    table,  # the sequence's row of block_tables
-    entry,
-    seen,  # bool [K]: entries that any line sees; others are not read: they may hold NaN, their blocks need not exist
+    slot,
+    seen,  # bool [K]: entries that any line sees; others are not read: they may hold NaN
     visible,  # bool [M, K], or [M, 1] where a line sees all of the tile or nothing
     scale,
     maximum,
     total,
     accumulator,
     kv_head,
-    BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
 ):
     """One step of the online softmax over a tile of keys."""
     dim = tl.arange(0, DIM_PADDED)
-    block = tl.load(table + entry // BLOCK_SIZE, mask=seen, other=0)
-    slot = block.to(tl.int64) * BLOCK_SIZE + entry % BLOCK_SIZE
     place = (slot[:, None] * KV_HEADS + kv_head) * HEAD_DIM + dim[None, :]
     place_ok = seen[:, None] & (dim[None, :] < HEAD_DIM)
     k = tl.load(keys + place, mask=place_ok, other=0.0).to(q.dtype)
@@ -102,17 +115,18 @@ def _absorb_tile(
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     highest = tl.maximum(maximum, tl.max(scores, axis=1))
-    # A line that has seen nothing yet: any finite reference gives e^-inf = 0.
+    # A line that has seen nothing yet: any finite reference gives 2^-inf = 0.
     reference = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp(scores - reference[:, None])
-    decay = tl.exp(maximum - reference)
+    weights = tl.exp2(scores - reference[:, None])
+    decay = tl.exp2(maximum - reference)
     total = total * decay + tl.sum(weights, axis=1)
     accumulator = accumulator * decay[:, None]
     accumulator += tl.dot(weights.to(q.dtype), v, input_precision="ieee")
     return highest, total, accumulator
 
 
-@triton.jit
+# Numbers that change from step to step are not specialised on: each of them would be compiled several times.
+@triton.jit(do_not_specialize=["rows", "max_blocks"])
 def _tree_attention_kernel(
     query,  # [rows, KV_HEADS * GROUP, HEAD_DIM]
     keys,  # [slots, KV_HEADS, HEAD_DIM]
@@ -126,7 +140,7 @@ def _tree_attention_kernel(
     sums,
     rows,
     max_blocks,
-    scale,
+    scale,  # times log2 e: the softmax is one of powers of 2
     BLOCK_SIZE: tl.constexpr,
     WORDS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -180,21 +194,27 @@ def _tree_attention_kernel(
         # Whole tiles before the shortest prefix: every line of the sequence sees every entry, and no mask is read.
         shared = tl.min(tl.where(in_sequence, row_prefix, capacity), axis=0) // TILE_KEYS * TILE_KEYS
         shared = tl.maximum(start, tl.minimum(shared, stop // TILE_KEYS * TILE_KEYS))
+        k = tl.arange(0, TILE_KEYS)
+        # Of the next tile, so that loads of keys wait for no other load and several tiles are under way.
+        slot = _slots(table, start + k, start + k < end, BLOCK_SIZE)
         for tile in range(start, shared, TILE_KEYS):
-            entry = tile + tl.arange(0, TILE_KEYS)
+            behind = tile + TILE_KEYS + k
+            next_slot = _slots(table, behind, behind < end, BLOCK_SIZE)
             maximum, total, accumulator = _absorb_tile(
-                q, keys, values, table, entry, entry < end, in_sequence[:, None], scale, maximum, total, accumulator,
-                kv_head, BLOCK_SIZE, KV_HEADS, HEAD_DIM, DIM_PADDED,
+                q, keys, values, slot, tile + k < end, in_sequence[:, None], scale, maximum, total, accumulator,
+                kv_head, KV_HEADS, HEAD_DIM, DIM_PADDED,
             )  # fmt: skip
+            slot = next_slot
         for tile in range(shared, stop, TILE_KEYS):
-            entry = tile + tl.arange(0, TILE_KEYS)
+            entry = tile + k
             window = _mask_window(tile, prefix, masks, row, in_sequence, WORDS)
             visible = _shows(window, prefix - tile, TILE_KEYS) & (entry[None, :] < end)
-            shown = tl.reduce(window, 0, _either) >> tl.arange(0, TILE_KEYS).to(tl.uint64) & 1
+            shown = tl.reduce(window, 0, _either) >> k.to(tl.uint64) & 1
             seen = ((shown == 1) | (entry < tl.max(prefix, axis=0))) & (entry < end)
+            slot = _slots(table, entry, seen, BLOCK_SIZE)
             maximum, total, accumulator = _absorb_tile(
-                q, keys, values, table, entry, seen, visible, scale, maximum, total, accumulator,
-                kv_head, BLOCK_SIZE, KV_HEADS, HEAD_DIM, DIM_PADDED,
+                q, keys, values, slot, seen, visible, scale, maximum, total, accumulator,
+                kv_head, KV_HEADS, HEAD_DIM, DIM_PADDED,
             )  # fmt: skip
         current += tl.sum((tl.where(in_sequence, 1, 0) * (m % GROUP_PADDED == 0).to(tl.int32)), axis=0)
 
@@ -208,7 +228,7 @@ def _tree_attention_kernel(
         tl.store(out + place, accumulator.to(out.dtype.element_ty), mask=place_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "max_splits"])
 def _join_splits_kernel(
     partial,  # float32 [splits, rows, heads, HEAD_DIM]
     maxima,  # float32 [splits, rows, heads]
@@ -223,6 +243,7 @@ def _join_splits_kernel(
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0)
     lines = rows.to(tl.int64) * heads
@@ -233,21 +254,27 @@ def _join_splits_kernel(
         bits = tl.load(masks + row.to(tl.int64) * WORDS + word)
         end = tl.where(bits != 0, prefix + 64 * (word + 1), end)
     splits = tl.minimum((end + SPLIT_KEYS - 1) // SPLIT_KEYS, max_splits)
-    highest = float("-inf")
-    for split in range(0, splits):
-        highest = tl.maximum(highest, tl.load(maxima + split * lines + line))
-    reference = tl.where(highest == float("-inf"), 0.0, highest)
     dim = tl.arange(0, DIM_PADDED)
-    dim_ok = dim < HEAD_DIM
+    highest = float("-inf")
     total = 0.0
     joined = tl.zeros([DIM_PADDED], tl.float32)
-    # out = Σ e^(max_s - max) acc_s / Σ e^(max_s - max) sum_s, in ascending order of s
-    for split in range(0, splits):
-        share = tl.exp(tl.load(maxima + split * lines + line) - reference)
-        total += share * tl.load(sums + split * lines + line)
-        joined += share * tl.load(partial + (split * lines + line) * HEAD_DIM + dim, mask=dim_ok, other=0.0)
+    # out = Σ 2^(max_s - max) acc_s / Σ 2^(max_s - max) sum_s, a chunk of splits at a time
+    for first in range(0, splits, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        there = split < splits
+        place = split * lines + line
+        maximum = tl.load(maxima + place, mask=there, other=float("-inf"))
+        own = tl.load(sums + place, mask=there, other=0.0)
+        place_ok = there[:, None] & (dim[None, :] < HEAD_DIM)
+        results = tl.load(partial + place[:, None] * HEAD_DIM + dim[None, :], mask=place_ok, other=0.0)
+        higher = tl.maximum(highest, tl.max(maximum, axis=0))
+        reference = tl.where(higher == float("-inf"), 0.0, higher)
+        share, decay = tl.exp2(maximum - reference), tl.exp2(highest - reference)
+        total = total * decay + tl.sum(share * own, axis=0)
+        joined = joined * decay + tl.sum(share[:, None] * results, axis=0)
+        highest = higher
     joined = joined / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + line * HEAD_DIM + dim, joined.to(out.dtype.element_ty), mask=dim_ok)
+    tl.store(out + line * HEAD_DIM + dim, joined.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
 def tree_attention(
@@ -296,7 +323,7 @@ def tree_attention(
         sums,
         rows,
         max_blocks,
-        scale,
+        scale * LOG2_E,
         BLOCK_SIZE=block_size,
         WORDS=masks.shape[1],
         KV_HEADS=kv_heads,
@@ -327,6 +354,7 @@ def tree_attention(
             HEAD_DIM=head_dim,
             DIM_PADDED=dim_padded,
             SPLIT_KEYS=tiling.split_keys,
+            CHUNK=JOIN_CHUNK,
             **COMPILER_OPTIONS,
         )
     return out

@@ -103,7 +103,7 @@ def test_attention_compiles_and_fits(
 def test_the_small_kernels_compile() -> None:
     types = dict.fromkeys(["partial", "maxima", "sums"], "*fp32") | {"out": "*bf16"}
     types |= {"prefix_lengths": "*i32", "masks": "*i64", "rows": "i32", "heads": "i32", "max_splits": "i32"}
-    constants = {"WORDS": 1, "HEAD_DIM": 80, "DIM_PADDED": 128, "SPLIT_KEYS": 512}
+    constants = {"WORDS": 1, "HEAD_DIM": 80, "DIM_PADDED": 128, "SPLIT_KEYS": 512, "CHUNK": attention.JOIN_CHUNK}
     assert "cubin" in compile_kernel(attention._join_splits_kernel, types, constants, 90).asm
     types = {"cache": "*bf16", "sources": "*i64", "targets": "*i64", "moves": "i32", "slots": "i32", "slot_size": "i32"}
     constants = {"MOVES": compaction.MAX_MOVES, "CHUNK": compaction.CHUNK}
