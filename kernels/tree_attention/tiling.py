@@ -11,24 +11,47 @@ MAX_LINES = 128
 # From this many lines on a tile is computed by eight warps.
 WIDE_TILE = 128
 MAX_TILE_KEYS = 64  # a mask word
-# Bytes of a tile of keys, and half the bytes of a tile of queries. With two stages of loads ahead, they fit the shared
+# Bytes of a tile of keys, and half the bytes of a tile of queries. With `stages` of them they fit the shared
 # memory of every GPU since Ampere (99 KiB).
 TILE_BYTES = 16384
-# Keys of a split: 64 for each key head, so that 16k keys give a few hundred programs for any model; within bounds,
-# because a split costs a write and a read of float32 partial results, and a program's pipeline needs a few tiles.
-SPLIT_KEYS_PER_HEAD, MIN_SPLIT_KEYS, MAX_SPLIT_KEYS = 64, 256, 1024
+# About so many programs share the prefix of one sequence, at least LEAST_PARTS for each key head: enough to have every
+# multiprocessor of a large GPU read, and no more, because a split costs a write and a read of float32 partial results.
+PROGRAMS, LEAST_PARTS = 128, 8
+LEAST_SPLIT_KEYS, MOST_SPLIT_KEYS = 128, 2048
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Keys of a split, by what a row sees: the least of least, 2 least, 4 least, ..., most whose `parts` hold the row's
+    prefix, and `most` for a row without a mask: those of a prompt chunk are many, and need no splits to be shared out.
+
+    least, most: multiples of tile_keys, most = least * 2**doublings.
+    """
+
+    least: int
+    doublings: int
+    parts: int
+
+    @property
+    def most(self) -> int:
+        return self.least << self.doublings
+
+    def most_splits(self, entries: int, words: int) -> int:
+        """Bound for a row that may see `entries` entries, and `words` mask words of them behind its prefix."""
+        of_growing = self.parts + -(-64 * words // self.least)
+        return min(-(-entries // self.least), max(-(-entries // self.most), of_growing))
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows and keys of a tile, and keys of a split: a multiple of tile_keys, which is 16, 32 or 64.
+    """Rows and keys of a tile, and how keys are split; tile_keys is 16, 32 or 64.
 
-    tile_rows may follow the batch; the other two are the model's, for the sake of batch invariance.
+    tile_rows may follow the batch; the others are the model's, for the sake of batch invariance.
     """
 
     tile_rows: int
     tile_keys: int
-    split_keys: int
+    splits: Splits
 
 
 @cache
@@ -42,13 +65,22 @@ def choose_tiling(rows: int, sequences: int, heads: int, kv_heads: int, line_byt
     return Tiling(
         tile_rows=max(1, min(mean_rows, tile_lines // power_of_two(heads // kv_heads))),
         tile_keys=max(MIN_DOT, min(MAX_TILE_KEYS, TILE_BYTES // line_bytes)),
-        split_keys=min(MAX_SPLIT_KEYS, max(MIN_SPLIT_KEYS, power_of_two(SPLIT_KEYS_PER_HEAD * kv_heads))),
+        splits=Splits(
+            LEAST_SPLIT_KEYS,
+            (MOST_SPLIT_KEYS // LEAST_SPLIT_KEYS).bit_length() - 1,
+            max(LEAST_PARTS, power_of_two(PROGRAMS // kv_heads or 1)),
+        ),
     )
 
 
 def warps(tile_lines: int) -> int:
     """Warps of a program whose tile has this many lines."""
     return 8 if tile_lines >= WIDE_TILE else 4
+
+
+def stages(element_bytes: int) -> int:
+    """Tiles of keys under way and in use, of a program whose elements are so large."""
+    return 3 if element_bytes <= 2 else 2
 
 
 def power_of_two(count: int) -> int:

@@ -8,11 +8,12 @@ the splits (Flash-Decoding). So the prefix that the nodes of a tree share is rea
 of more lines than a tile, or one that straddles two tiles, has it read again; those programs stand beside each other in
 the grid and find it in the L2 cache.
 
-Batch invariance. Logical entry e belongs to split e // split_keys, and within it to tile e // tile_keys; both lengths
-follow from the model's shape (`tiling.py`). Splits are joined in chunks of one size, with the shares of the row's own
-maximum, and an entry that a row does not see changes none of its sums. So the order of a row's sums is a function of
-what the row sees alone. The height of a tile does follow the batch; what a tensor core adds up inside one instruction
-may differ between the instructions that the compiler picks for tiles of different heights.
+Batch invariance. Logical entry e belongs to split e // split_keys, and within it to tile e // tile_keys; the second is
+the model's, the first also follows from the length of the row's own prefix (`tiling.py`). Splits are joined in chunks of
+one size, with the shares of the row's own maximum, and an entry that a row does not see changes none of its sums. So the
+order of a row's sums is a function of what the row sees alone. The height of a tile does follow the batch; what a tensor
+core adds up inside one instruction may differ between the instructions that the compiler picks for tiles of different
+heights.
 
 The launch follows from shapes alone: nothing is read back from the device, so that it can be captured in a graph.
 """
@@ -26,12 +27,12 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import check_visibility
-from kernels.tree_attention.tiling import MIN_DOT, Tiling, choose_tiling, power_of_two, warps
+from kernels.tree_attention.tiling import MIN_DOT, Tiling, choose_tiling, power_of_two, stages, warps
 
 LOG2_E = math.log2(math.e)
 # Splits that are read at a time when they are joined; the same for all batches, as it decides the order of a sum.
 JOIN_CHUNK = 32
-COMPILER_OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -68,13 +69,28 @@ def _shows(window, ahead, TILE_KEYS: tl.constexpr):
 
 
 @triton.jit
-def _end_of_keys(prefix, masks, row, row_ok, WORDS: tl.constexpr):
-    """One past the last logical entry that any of the rows may see, to the granularity of a mask word."""
+def _row_ends(
+    prefix,  # int32 [M], of each row
+    masks,
+    row,
+    row_ok,
+    WORDS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """int32 [M] each: one past the last entry that a row may see, to the granularity of a mask word; keys of its splits.
+
+    See tiling.Splits.
+    """
     end = prefix
+    split_keys = tl.full(prefix.shape, LEAST_SPLIT, tl.int32)
     for word in tl.static_range(WORDS):
         bits = tl.load(masks + row.to(tl.int64) * WORDS + word, mask=row_ok, other=0)
         end = tl.where(bits != 0, prefix + 64 * (word + 1), end)
-    return tl.max(tl.where(row_ok, end, 0), axis=0)
+    for _ in tl.static_range(DOUBLINGS):
+        split_keys = tl.where((end == prefix) | (split_keys * PARTS < prefix), 2 * split_keys, split_keys)
+    return end, split_keys
 
 
 @triton.jit
@@ -151,7 +167,9 @@ def _tree_attention_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_M: tl.constexpr,  # TILE_ROWS * GROUP_PADDED, at least MIN_DOT
     TILE_KEYS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,  # a multiple of TILE_KEYS
+    LEAST_SPLIT: tl.constexpr,  # a multiple of TILE_KEYS
+    DOUBLINGS: tl.constexpr,
+    PARTS: tl.constexpr,
     JOINED: tl.constexpr,  # whether there are several splits, which _join_splits_kernel joins
 ):
     first = tl.program_id(0) * TILE_ROWS
@@ -166,9 +184,12 @@ def _tree_attention_kernel(
     row_ok = row < last
     row_sequence = tl.load(row_sequences + row, mask=row_ok, other=-1)
     row_prefix = tl.load(prefix_lengths + row, mask=row_ok, other=0)
+    row_end, split_keys = _row_ends(row_prefix, masks, row, row_ok, WORDS, LEAST_SPLIT, DOUBLINGS, PARTS)
+    row_start = split * split_keys
     # The joining kernel reads of a row the splits that hold entries before its end, and no others.
-    if JOINED & (split * SPLIT_KEYS >= _end_of_keys(row_prefix, masks, row, row_ok, WORDS)):
+    if JOINED & (tl.max(tl.where(row_ok, row_end - row_start, 0), axis=0) <= 0):
         return
+    row_stop = tl.minimum(row_end, row_start + split_keys)
 
     head = kv_head * GROUP + m % GROUP_PADDED
     line_ok = row_ok & (m % GROUP_PADDED < GROUP)
@@ -188,29 +209,33 @@ def _tree_attention_kernel(
         in_sequence = row_ok & (row_sequence == sequence)
         table = block_tables + sequence.to(tl.int64) * max_blocks
         prefix = tl.where(in_sequence, row_prefix, 0)
-        end = tl.minimum(_end_of_keys(prefix, masks, row, in_sequence, WORDS), capacity)
-        start = split * SPLIT_KEYS
-        stop = tl.minimum(end, start + SPLIT_KEYS)
-        # Whole tiles before the shortest prefix: every line of the sequence sees every entry, and no mask is read.
-        shared = tl.min(tl.where(in_sequence, row_prefix, capacity), axis=0) // TILE_KEYS * TILE_KEYS
-        shared = tl.maximum(start, tl.minimum(shared, stop // TILE_KEYS * TILE_KEYS))
+        active = in_sequence & (row_start < row_end)
+        start = tl.min(tl.where(active, row_start, capacity), axis=0)
+        latest = tl.max(tl.where(active, row_start, 0), axis=0)
+        stop = tl.minimum(tl.max(tl.where(active, row_stop, 0), axis=0), capacity)
+        # Whole tiles before the shortest prefix: every active line sees every entry, and no mask is read. Not where the
+        # lines' splits differ.
+        shared = tl.min(tl.where(active, row_prefix, capacity), axis=0)
+        shared = tl.maximum(start, tl.minimum(shared, stop) // TILE_KEYS * TILE_KEYS)
+        shared = tl.where(start == latest, shared, start)
         k = tl.arange(0, TILE_KEYS)
         # Of the next tile, so that loads of keys wait for no other load and several tiles are under way.
-        slot = _slots(table, start + k, start + k < end, BLOCK_SIZE)
+        slot = _slots(table, start + k, start + k < shared, BLOCK_SIZE)
         for tile in range(start, shared, TILE_KEYS):
             behind = tile + TILE_KEYS + k
-            next_slot = _slots(table, behind, behind < end, BLOCK_SIZE)
+            next_slot = _slots(table, behind, behind < shared, BLOCK_SIZE)
             maximum, total, accumulator = _absorb_tile(
-                q, keys, values, slot, tile + k < end, in_sequence[:, None], scale, maximum, total, accumulator,
+                q, keys, values, slot, tile + k < shared, active[:, None], scale, maximum, total, accumulator,
                 kv_head, KV_HEADS, HEAD_DIM, DIM_PADDED,
             )  # fmt: skip
             slot = next_slot
         for tile in range(shared, stop, TILE_KEYS):
             entry = tile + k
             window = _mask_window(tile, prefix, masks, row, in_sequence, WORDS)
-            visible = _shows(window, prefix - tile, TILE_KEYS) & (entry[None, :] < end)
+            visible = _shows(window, prefix - tile, TILE_KEYS)
+            visible &= (entry[None, :] >= row_start[:, None]) & (entry[None, :] < row_stop[:, None])
             shown = tl.reduce(window, 0, _either) >> k.to(tl.uint64) & 1
-            seen = ((shown == 1) | (entry < tl.max(prefix, axis=0))) & (entry < end)
+            seen = ((shown == 1) | (entry < tl.max(prefix, axis=0))) & (entry < stop)
             slot = _slots(table, entry, seen, BLOCK_SIZE)
             maximum, total, accumulator = _absorb_tile(
                 q, keys, values, slot, seen, visible, scale, maximum, total, accumulator,
@@ -242,18 +267,17 @@ def _join_splits_kernel(
     WORDS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0)
     lines = rows.to(tl.int64) * heads
     line = row.to(tl.int64) * heads + tl.program_id(1)
-    end = tl.load(prefix_lengths + row)
-    prefix = end
-    for word in tl.static_range(WORDS):
-        bits = tl.load(masks + row.to(tl.int64) * WORDS + word)
-        end = tl.where(bits != 0, prefix + 64 * (word + 1), end)
-    splits = tl.minimum((end + SPLIT_KEYS - 1) // SPLIT_KEYS, max_splits)
+    prefix = tl.load(prefix_lengths + row + tl.arange(0, 1))
+    end, split_keys = _row_ends(prefix, masks, row + tl.arange(0, 1), True, WORDS, LEAST_SPLIT, DOUBLINGS, PARTS)
+    splits = tl.minimum(tl.max((end + split_keys - 1) // split_keys, axis=0), max_splits)
     dim = tl.arange(0, DIM_PADDED)
     highest = float("-inf")
     total = 0.0
@@ -304,7 +328,12 @@ def tree_attention(
     tiling = tiling or choose_tiling(rows, sequences, heads, kv_heads, dim_padded * query.element_size())
     group_padded = power_of_two(heads // kv_heads)
     tile_lines = max(MIN_DOT, tiling.tile_rows * group_padded)
-    splits = triton.cdiv(max_blocks * block_size, tiling.split_keys)
+    splits = tiling.splits.most_splits(max_blocks * block_size, masks.shape[1])
+    split_rule = {
+        "LEAST_SPLIT": tiling.splits.least,
+        "DOUBLINGS": tiling.splits.doublings,
+        "PARTS": tiling.splits.parts,
+    }
     if splits == 1:
         partial = maxima = sums = out
     else:
@@ -334,9 +363,10 @@ def tree_attention(
         TILE_ROWS=tiling.tile_rows,
         TILE_M=tile_lines,
         TILE_KEYS=tiling.tile_keys,
-        SPLIT_KEYS=tiling.split_keys,
         JOINED=splits > 1,
         num_warps=warps(tile_lines),
+        num_stages=stages(query.element_size()),
+        **split_rule,
         **COMPILER_OPTIONS,
     )
     if splits > 1:
@@ -353,8 +383,8 @@ def tree_attention(
             WORDS=masks.shape[1],
             HEAD_DIM=head_dim,
             DIM_PADDED=dim_padded,
-            SPLIT_KEYS=tiling.split_keys,
             CHUNK=JOIN_CHUNK,
+            **split_rule,
             **COMPILER_OPTIONS,
         )
     return out

@@ -28,7 +28,7 @@ from kernels.rotated_write import reference as reference_write
 from kernels.rotated_write import triton as triton_write
 from kernels.tree_attention import reference as reference_attention
 from kernels.tree_attention import triton as triton_attention
-from kernels.tree_attention.tiling import Tiling, choose_tiling
+from kernels.tree_attention.tiling import Splits, Tiling, choose_tiling
 from runtime.kv_cache import KVCache
 from runtime.step_graph import StepGraphs, plain_call
 from runtime.transformer import LoadOptions, Transformer
@@ -58,16 +58,27 @@ LARGE = [
     Shape(heads=6, kv_heads=6, head_dim=48, block_size=4, trees=((9, 0), (31, 7), (0, 3)), words=2),
 ]
 CHOSEN_BY_SHAPE = None
-ONE_SPLIT = 4096
-TILINGS = [CHOSEN_BY_SHAPE, Tiling(1, 16, ONE_SPLIT), Tiling(16, 32, ONE_SPLIT), Tiling(4, 16, 32), Tiling(1, 32, 32)]
+ONE_SPLIT = Splits(4096, 0, 1)
+SMALL_SPLITS = Splits(32, 0, 1)
+# The splits of a tile's rows differ, where it holds rows of several sequences.
+GROWING = Splits(32, 2, 1)
+TILINGS = [
+    CHOSEN_BY_SHAPE,
+    Tiling(1, 16, ONE_SPLIT),
+    Tiling(16, 32, ONE_SPLIT),
+    Tiling(4, 16, SMALL_SPLITS),
+    Tiling(1, 32, SMALL_SPLITS),
+    Tiling(8, 16, GROWING),
+]
 # Prefixes of several of the splits that the kernel chooses itself.
 LONG = [
     Shape(heads=2, kv_heads=1, head_dim=64, block_size=16, trees=((700, 9), (255, 3), (256, 2), (20, 1))),
+    Shape(heads=16, kv_heads=16, head_dim=8, block_size=16, trees=((1100, 2), (20, 0))),
     Shape(heads=2, kv_heads=2, head_dim=128, block_size=16, trees=((513, 65), (300, 0)), words=2),
 ]
 CASES = [
     *((shape, tiling) for shape in SMALL for tiling in TILINGS),
-    *((shape, tiling) for shape in LARGE for tiling in (CHOSEN_BY_SHAPE, Tiling(16, 32, 64))),
+    *((shape, tiling) for shape in LARGE for tiling in (CHOSEN_BY_SHAPE, Tiling(16, 32, Splits(64, 0, 1)), Tiling(16, 32, GROWING))),
     *((shape, CHOSEN_BY_SHAPE) for shape in LONG),
 ]
 # The interpreter multiplies the bits of bfloat16 as if they were integers.

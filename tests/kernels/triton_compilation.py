@@ -16,7 +16,7 @@ from kernels.kv_compaction import triton as compaction
 from kernels.rms_norm import triton as norm
 from kernels.rotated_write import triton as write
 from kernels.tree_attention import triton as attention
-from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, warps
+from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, stages, warps
 from kernels.tree_attention.triton import COMPILER_OPTIONS
 
 AMPERE, HOPPER = 86, 90
@@ -34,12 +34,13 @@ def compile_kernel(
     constants: dict[str, int],
     capability: int,
     num_warps: int = 4,
+    num_stages: int = 2,
 ) -> CompiledKernel:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # What a launch finds out by itself: torch's allocations are aligned, and aligned loads are vectorised.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    options = {**COMPILER_OPTIONS, "num_warps": num_warps}
+    options = {**COMPILER_OPTIONS, "num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -90,20 +91,35 @@ def test_attention_compiles_and_fits(
         "TILE_ROWS": tiling.tile_rows,
         "TILE_M": tile_lines,
         "TILE_KEYS": tiling.tile_keys,
-        "SPLIT_KEYS": tiling.split_keys,
+        "LEAST_SPLIT": tiling.splits.least,
+        "DOUBLINGS": tiling.splits.doublings,
+        "PARTS": tiling.splits.parts,
         "JOINED": True,
     }
-    compiled = compile_kernel(attention._tree_attention_kernel, types, constants, capability, warps(tile_lines))
+    chosen = warps(tile_lines), stages(ELEMENT_BYTES[dtype])
+    compiled = compile_kernel(attention._tree_attention_kernel, types, constants, capability, *chosen)
     assert "cubin" in compiled.asm
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     if dtype != "fp32":
         assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED
 
 
+def test_what_changes_from_step_to_step_is_not_compiled_for() -> None:
+    """Else a step of one row, whose number is a constant to Triton, is another program than the others."""
+    varying = {
+        attention._tree_attention_kernel: {"rows", "max_blocks"},
+        attention._join_splits_kernel: {"rows", "max_splits"},
+        compaction._kv_compaction_kernel: {"moves"},
+    }
+    for kernel, names in varying.items():
+        assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize} == names
+
+
 def test_the_small_kernels_compile() -> None:
     types = dict.fromkeys(["partial", "maxima", "sums"], "*fp32") | {"out": "*bf16"}
     types |= {"prefix_lengths": "*i32", "masks": "*i64", "rows": "i32", "heads": "i32", "max_splits": "i32"}
-    constants = {"WORDS": 1, "HEAD_DIM": 80, "DIM_PADDED": 128, "SPLIT_KEYS": 512, "CHUNK": attention.JOIN_CHUNK}
+    constants = {"WORDS": 1, "HEAD_DIM": 80, "DIM_PADDED": 128, "CHUNK": attention.JOIN_CHUNK}
+    constants |= {"LEAST_SPLIT": 128, "DOUBLINGS": 4, "PARTS": 8}
     assert "cubin" in compile_kernel(attention._join_splits_kernel, types, constants, 90).asm
     types = {"cache": "*bf16", "sources": "*i64", "targets": "*i64", "moves": "i32", "slots": "i32", "slot_size": "i32"}
     constants = {"MOVES": compaction.MAX_MOVES, "CHUNK": compaction.CHUNK}
