@@ -71,6 +71,19 @@ def power_of_four(count: int, smallest: int) -> int:
     return size
 
 
+def decoding_shapes(sequences: int, rows: int, most_blocks: int) -> list[StepShape]:
+    """Of all steps of up to `sequences` sequences of up to `rows` rows each, behind contexts of the smallest bucket.
+
+    The largest first. most_blocks: of the longest sequence.
+    """
+    shapes = {
+        bucket(size, count, 1, -(-min(rows, size) // 64), most_blocks)
+        for count in range(1, min(sequences, MAX_ROWS) + 1)
+        for size in range(count, min(count * rows, MAX_ROWS) + 1)
+    }
+    return sorted(shapes, key=lambda shape: (shape.rows, shape.sequences), reverse=True)
+
+
 class StaticBatch:
     """A batch whose tensors stay where they are, padded to a shape. `batch` and `wanted` are views of one buffer.
 
@@ -152,19 +165,30 @@ class StepGraphs:
         return bucket(rows, len(segments), blocks, words, self._most_blocks)
 
     @torch.inference_mode()
+    def prepare(self, sequences: int, rows: int) -> int:
+        """Capture all `decoding_shapes` of up to so many sequences and rows of each; how many these are."""
+        shapes = decoding_shapes(sequences, rows, self._most_blocks)
+        for shape in shapes:
+            self._step_of(shape)
+        return len(shapes)
+
+    @torch.inference_mode()
     def step(self, shape: StepShape, segments: Sequence[Segment], wanted: Sequence[int]) -> torch.Tensor:
         """Compute the rows of the segments; logits of the wanted ones, float32 [len(wanted), vocab].
 
         The result is overwritten by the next step.
         """
-        if shape not in self._steps:
-            self._steps[shape] = self._prepare(shape)
-        static, compute = self._steps[shape]
+        static, compute = self._step_of(shape)
         static.fill(segments, wanted)
         compute()
         return self._logits[: len(wanted)]
 
-    def _prepare(self, shape: StepShape) -> tuple[StaticBatch, Compute]:
+    def _step_of(self, shape: StepShape) -> tuple[StaticBatch, Compute]:
+        if shape not in self._steps:
+            self._steps[shape] = self._captured(shape)
+        return self._steps[shape]
+
+    def _captured(self, shape: StepShape) -> tuple[StaticBatch, Compute]:
         static = StaticBatch(shape, self._model.device, self.cache.scratch_slot)
         static.fill([], [])  # a capture runs the computation too: it may write to the scratch slot alone
 

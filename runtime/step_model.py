@@ -35,6 +35,9 @@ class LoadedPart(Protocol):
 class StepModel(LoadedPart, Protocol):
     """A model that takes steps; one thread owns it and its cache."""
 
+    def prepare_steps(self, sequences: int, rows: int) -> int:
+        """See Transformer.prepare_steps."""
+
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """Compute the segments' rows and return the next-token logits of some of them, float32 [len(rows), vocab].
 

@@ -9,11 +9,11 @@ of more lines than a tile, or one that straddles two tiles, has it read again; t
 the grid and find it in the L2 cache.
 
 Batch invariance. Logical entry e belongs to split e // split_keys, and within it to tile e // tile_keys; the second is
-the model's, the first also follows from the length of the row's own prefix (`tiling.py`). Splits are joined in chunks of
-one size, with the shares of the row's own maximum, and an entry that a row does not see changes none of its sums. So the
-order of a row's sums is a function of what the row sees alone. The height of a tile does follow the batch; what a tensor
-core adds up inside one instruction may differ between the instructions that the compiler picks for tiles of different
-heights.
+the model's, the first also follows from the length of the row's own prefix (`tiling.py`). Splits are joined in chunks
+of one size, with the shares of the row's own maximum, and an entry that a row does not see changes none of its sums. So
+the order of a row's sums is a function of what the row sees alone. The height of a tile does follow the batch; what a
+tensor core adds up inside one instruction may differ between the instructions that the compiler picks for tiles of
+different heights.
 
 The launch follows from shapes alone: nothing is read back from the device, so that it can be captured in a graph.
 """
@@ -79,9 +79,8 @@ def _row_ends(
     DOUBLINGS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """int32 [M] each: one past the last entry that a row may see, to the granularity of a mask word; keys of its splits.
-
-    See tiling.Splits.
+    """int32 [M] each: one past the last entry that a row may see, to the granularity of a mask word, and the keys of
+    its splits, see tiling.Splits.
     """
     end = prefix
     split_keys = tl.full(prefix.shape, LEAST_SPLIT, tl.int32)

@@ -172,6 +172,10 @@ class LeadingModel:
     def new_cache(self, memory_fraction: float, max_sequences: int, blocks: int = 0) -> KVCache:
         return self._own.new_cache(memory_fraction, max_sequences, blocks)
 
+    def prepare_steps(self, sequences: int, rows: int) -> int:
+        """See StepModel.prepare_steps; the steps of a group are not captured."""
+        return 0
+
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """See StepModel.step. Raises GroupFailed: no step can follow."""
         batch = FlatBatch.of(segments, torch.device("cpu"))

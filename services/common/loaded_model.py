@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,15 @@ class LoadedModel(Generic[M]):
         if model.backend.name == "torch" and model.backend.reason != REQUESTED:
             log.warning("no kernels of our own run: text comes slowly", extra={"because": model.backend.reason})
         return cls(folder, model, cache, facts)
+
+    def capture(self, prepare: Callable[[], int]) -> None:
+        """Have CUDA graphs captured before anybody waits for them. prepare: captures, and says how many shapes."""
+        started = time.perf_counter()
+        if self.model.device.type == "cuda":
+            log.info("capturing CUDA graphs; with new kernels this takes a minute", extra={"model": self.facts.model})
+        if shapes := prepare():
+            taken = round(time.perf_counter() - started, 1)
+            log.info("CUDA graphs captured", extra={"model": self.facts.model, "shapes": shapes, "s": taken})
 
 
 def _facts(name: str, model: LoadedPart, tokenizer: str) -> ModelFacts:

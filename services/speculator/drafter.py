@@ -12,7 +12,7 @@ from runtime.batch import Segment
 from runtime.kv_cache import CacheFull, KVCache, slot
 from runtime.step_graph import Capture
 from runtime.transformer import Transformer
-from services.speculator.graph_growth import GrowthGraphs
+from services.speculator.graph_growth import PREPARED_LEVELS, GrowthGraphs
 from services.speculator.level_growth import grow_by_level, root_logits
 from services.speculator.native_growth import child_rule, grow_natively
 from services.speculator.session import DrafterSettings, DraftOrder, Session, SessionKey
@@ -43,6 +43,14 @@ class Drafter:
         # of all sequences wait for the next one.
         self._sources: list[int] = []
         self._targets: list[int] = []
+
+    def capture_drafts(self, sequences: int) -> int:
+        """Capture what the usual drafts of up to `sequences` sequences compute, so that none waits for it; how many
+        shapes that are, 0 where drafts are not captured.
+        """
+        if self._graphs is None:
+            return 0
+        return self.model.prepare_steps(sequences, 1 + max(PREPARED_LEVELS)) + self._graphs.prepare(sequences)
 
     def __contains__(self, key: SessionKey) -> bool:
         return key in self._sessions

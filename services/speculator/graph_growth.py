@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -20,6 +21,8 @@ from speculation.noise import gumbel_keys
 from speculation.tree import MAX_NODES, TokenTree
 
 LEAST_NODES = 4  # of a captured growth
+# Captured before anybody asks: what budgets order.
+PREPARED_NODES, PREPARED_LEVELS = (4, 16, 64), (1, 2, 4, 8)
 
 Growing = tuple[Session, DraftOrder, ChildRule]
 
@@ -59,16 +62,22 @@ class GrowthGraphs:
         return [growing[start : start + most] for start in range(0, len(growing), most)]
 
     @torch.inference_mode()
+    def prepare(self, sequences: int) -> int:
+        """Capture the usual growths of up to `sequences` sequences behind short contexts; how many shapes that are."""
+        blocks = min(MIN_BLOCKS, self._most_blocks)
+        counts = {power_of_four(count, 1) for count in range(1, min(sequences, MAX_ROWS // self._beam) + 1)}
+        for count, nodes, levels, noisy in product(counts, PREPARED_NODES, PREPARED_LEVELS, (False, True)):
+            self._growth_of(GrowthShape(count, blocks, nodes, levels, noisy))
+        return len(self._growths)
+
+    @torch.inference_mode()
     def grow(self, name: str, growing: Sequence[Growing], root_logits: torch.Tensor) -> list[TokenTree]:
         """The trees, in the order given; the sessions know afterwards what was evaluated.
 
         name: becomes the trees' source. root_logits: float32 [len(growing), vocab], on the model's device. The cache of
         each session ends before its last token, the root, whose key and value are there, and has blocks for the draft.
         """
-        shape = self._shape_of(growing)
-        if shape not in self._growths:
-            self._growths[shape] = self._prepare(shape)
-        static, compute = self._growths[shape]
+        static, compute = self._growth_of(self._shape_of(growing))
         static.fill(growing, self._floor, root_logits)
         compute()
         return static.trees(name, growing)
@@ -83,9 +92,11 @@ class GrowthGraphs:
             any(rule.noise_seed is not None for _, _, rule in growing),
         )
 
-    def _prepare(self, shape: GrowthShape) -> tuple[_StaticGrowth, Compute]:
-        static = _StaticGrowth(shape, self._beam, self._model, self._cache)
-        return static, self._capture(static.compute)
+    def _growth_of(self, shape: GrowthShape) -> tuple[_StaticGrowth, Compute]:
+        if shape not in self._growths:
+            static = _StaticGrowth(shape, self._beam, self._model, self._cache)
+            self._growths[shape] = static, self._capture(static.compute)
+        return self._growths[shape]
 
 
 class _StaticGrowth:

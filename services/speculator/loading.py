@@ -83,4 +83,6 @@ def _drafter(settings: SpeculatorSettings, loaded: LoadedModel[Transformer]) -> 
         stream=secrets.randbits(63),
         calibration=calibration,
     )
-    return Drafter(loaded.facts.model, loaded.model, loaded.cache, drafting, loaded.model.capture)
+    drafter = Drafter(loaded.facts.model, loaded.model, loaded.cache, drafting, loaded.model.capture)
+    loaded.capture(lambda: drafter.capture_drafts(settings.max_sequences))
+    return drafter

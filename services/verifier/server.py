@@ -178,9 +178,11 @@ def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepMo
             return Transformer.load(folder, options)
         return LeadingModel(RankModel.load(folder, options, group), group)
 
-    return LoadedModel.load(
+    loaded = LoadedModel.load(
         settings.llm, load, settings.kv_memory, settings.max_sequences, settings.kv_blocks, settings.model_name
     )
+    loaded.capture(lambda: loaded.model.prepare_steps(settings.max_sequences, 1 + settings.draft_nodes))
+    return loaded
 
 
 def _build_engine(

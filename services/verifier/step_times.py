@@ -56,7 +56,7 @@ class StepTimes:
             return kept
         step = step_of(runner, most_rows)
         if runner.model.device.type == "cuda":
-            for rows in row_counts(most_rows):  # the first step of a shape compiles and captures it
+            for rows in row_counts(most_rows):  # the first step of a shape captures it
                 step(rows)
         points = measure(step, most_rows, SECONDS)
         log.info("step times measured", extra={"ms": _shown(points)})

@@ -70,6 +70,7 @@ TILINGS = [
     Tiling(1, 32, SMALL_SPLITS),
     Tiling(8, 16, GROWING),
 ]
+WIDE_TILINGS = [CHOSEN_BY_SHAPE, Tiling(16, 32, Splits(64, 0, 1)), Tiling(16, 32, GROWING)]
 # Prefixes of several of the splits that the kernel chooses itself.
 LONG = [
     Shape(heads=2, kv_heads=1, head_dim=64, block_size=16, trees=((700, 9), (255, 3), (256, 2), (20, 1))),
@@ -78,7 +79,7 @@ LONG = [
 ]
 CASES = [
     *((shape, tiling) for shape in SMALL for tiling in TILINGS),
-    *((shape, tiling) for shape in LARGE for tiling in (CHOSEN_BY_SHAPE, Tiling(16, 32, Splits(64, 0, 1)), Tiling(16, 32, GROWING))),
+    *((shape, tiling) for shape in LARGE for tiling in WIDE_TILINGS),
     *((shape, CHOSEN_BY_SHAPE) for shape in LONG),
 ]
 # The interpreter multiplies the bits of bfloat16 as if they were integers.

@@ -138,6 +138,27 @@ def test_buckets_follow_rows_closely_and_the_rest_loosely() -> None:
     assert bucket(3, 3, 1025, 1, 2000) == StepShape(4, 4, 2000, 1)
 
 
+def test_no_decoding_step_behind_a_short_context_captures_once_all_are_prepared(folder: Path) -> None:
+    model = load(folder, "native")
+    cache = KVCache(model.config, 64, model.device, model.activation_dtype)
+    capture = Recorded()
+    graphs = StepGraphs(model, cache, capture)
+    shapes = graphs.prepare(sequences=6, rows=9)
+    assert capture.captures == shapes == len(set(graphs.shapes))
+    assert not cache.data[:, :, : cache.scratch_slot].any(), "captures write to the scratch slot alone"
+    sequences = [CachedSequence() for _ in range(6)]
+    for sequence in sequences:
+        cache.reserve(sequence, 3 * BLOCK_SIZE)
+    for count in range(1, 7):
+        for size in range(1, 10):
+            trees = [random_tree(random.Random(size), 1 + (size + place) % 9) for place in range(count)]
+            segments = [tree_segment(cache, sequences[place], tree, 5) for place, tree in enumerate(trees)]
+            shape = graphs.shape_of(segments)
+            assert shape is not None
+            graphs.step(shape, segments, [0])
+    assert capture.captures == shapes
+
+
 def test_padding_sees_nothing_and_writes_to_the_scratch_slot() -> None:
     shape = StepShape(rows=8, sequences=4, blocks=64, words=4)
     static = StaticBatch(shape, torch.device("cpu"), scratch_slot=999)

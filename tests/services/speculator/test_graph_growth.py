@@ -136,6 +136,21 @@ def test_a_shape_is_captured_once_without_a_trace_in_the_cache(model: Transforme
     assert capture.captures == 2, "one sequence, and up to four"
 
 
+def test_no_usual_draft_captures_once_all_are_prepared(model: Transformer) -> None:
+    drafting = drafter(model, capture := Recorded())
+    capture.before = lambda: drafting.cache.data[:, :, : drafting.cache.scratch_slot].clone()
+    assert drafting.capture_drafts(4) == capture.captures == 2 * 3 * 4 * 2, "counts, nodes, levels, noise"
+    assert drafter(model, None).capture_drafts(4) == 0
+    for sequence, selection in enumerate((TOP, NOISE, TOP), start=1):
+        drafting.open((1, sequence), [7, 30, sequence], 3, SamplingParams(seed=2) if selection is NOISE else GREEDY)
+    before = capture.captures
+    for nodes in (1, 11, 63):
+        for depth in (1, 5, 8):
+            drafting.draft([order(1, nodes=nodes, depth=depth)])
+            drafting.draft([order(1, nodes=nodes, depth=depth), order(2, depth=depth, selection=NOISE), order(3)])
+    assert capture.captures == before
+
+
 class Recorded:
     """A capture that counts, and calls."""
 
