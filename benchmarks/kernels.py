@@ -70,10 +70,10 @@ def tree_batch(rows: int, context: int) -> AttentionBatch:
 def linear_cases(backends: Sequence[Backend], outputs: int, inputs: int, rows: int) -> dict[str, Timed]:
     weight, x = torch.randn(outputs, inputs), torch.randn(rows, inputs)
     cases: dict[str, Timed] = {
-        f"{NAMES[backend.name]}, float32": partial(backend.pack_linear(weight), x) for backend in backends
+        f"{NAMES[backend.name]}, float32": partial(backend.pack_head(weight), x) for backend in backends
     }
-    cases["ours, bfloat16 in memory"] = partial(backends[0].pack_linear(weight.bfloat16()), x)
-    cases["ours, float16 in memory"] = partial(backends[0].pack_linear(weight.half()), x)
+    cases["ours, bfloat16 in memory"] = partial(backends[0].pack_head(weight.bfloat16()), x)
+    cases["ours, float16 in memory"] = partial(backends[0].pack_head(weight.half()), x)
     cases["ours, int8 in memory"] = partial(NativeLinear(weight, int8=True), x)
     return cases
 

@@ -14,15 +14,15 @@ import torch
 from kernels.blocks import (
     AttentionBlock,
     AttentionWeights,
+    Head,
     KvCompaction,
-    Linear,
     MlpBlock,
     MlpWeights,
     RmsNorm,
     TreeAttention,
 )
 from kernels.decoder_blocks import native as native_blocks
-from kernels.decoder_blocks.composed import ComposedAttentionBlock, ComposedLinear, ComposedMlpBlock, Operations
+from kernels.decoder_blocks.composed import ComposedAttentionBlock, ComposedHead, ComposedMlpBlock, Operations
 from kernels.gated_product.reference import gated_product
 from kernels.kv_compaction import native as native_compaction
 from kernels.kv_compaction import reference as torch_compaction
@@ -44,10 +44,10 @@ class BackendUnavailable(RuntimeError):
     """The backend that was asked for cannot run here; the message says why and what to do."""
 
 
-class PackLinear(Protocol):
-    """weight [out, in], bias [out] -> Linear."""
+class PackHead(Protocol):
+    """weight [vocab, hidden] -> Head."""
 
-    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
+    def __call__(self, weight: torch.Tensor, /) -> Head: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Backend:
     tree_attention: TreeAttention
     kv_compaction: KvCompaction
     rms_norm: RmsNorm
-    pack_linear: PackLinear
+    pack_head: PackHead
     pack_attention: Callable[[AttentionWeights], AttentionBlock]
     pack_mlp: Callable[[MlpWeights], MlpBlock]
     int8: bool = False
@@ -146,7 +146,7 @@ def _native_backend(reason: str, int8: bool = False) -> Backend:
         tree_attention=native_attention.tree_attention,
         kv_compaction=native_compaction.kv_compaction,
         rms_norm=native_blocks.rms_norm,
-        pack_linear=partial(NativeLinear, int8=int8, memory=memory),
+        pack_head=partial(NativeLinear, int8=int8, memory=memory),
         pack_attention=partial(native_blocks.NativeAttentionBlock, int8=int8, memory=memory),
         pack_mlp=partial(native_blocks.NativeMlpBlock, int8=int8, memory=memory),
         int8=int8,
@@ -166,9 +166,6 @@ def composed_backend(
     def activation_dtype(weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else weight_dtype
 
-    def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        return ComposedLinear(weight, bias, activation_dtype(weight.dtype))
-
     return Backend(
         name=name,
         reason=reason,
@@ -176,7 +173,7 @@ def composed_backend(
         tree_attention=operations.tree_attention,
         kv_compaction=kv_compaction,
         rms_norm=operations.rms_norm,
-        pack_linear=pack_linear,
+        pack_head=lambda weight: ComposedHead(weight, activation_dtype(weight.dtype)),
         pack_attention=lambda weights: ComposedAttentionBlock(weights, activation_dtype(weights.qkv.dtype), operations),
         pack_mlp=lambda weights: ComposedMlpBlock(weights, activation_dtype(weights.down.dtype), operations),
     )

@@ -171,10 +171,10 @@ def check_visibility(
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
 
 
-class Linear(Protocol):
-    """x [rows, in] -> [rows, out]."""
+class Head(Protocol):
+    """normed [rows, hidden] -> next-token logits, float32 [rows, vocab], not rounded to the weights' type."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, normed: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class AttentionBlock(Protocol):

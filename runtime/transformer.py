@@ -78,7 +78,7 @@ class Transformer:
         self._embedding = ends.embedding
         self._attention, self._mlp = pack_layers(config, layers, backend)
         self._final_norm = ends.final_norm.to(self.activation_dtype)
-        self._head = backend.pack_linear(ends.head)
+        self._head = backend.pack_head(ends.head)
         self._cos, self._sin = rotary_tables(config, device)
         self._decoder = self._native_decoder()
         self._draft_loop = None if self._decoder is None else NativeDraftLoop(self._decoder)
@@ -155,7 +155,7 @@ class Transformer:
         if self._decoder is not None:
             return self._decoder.logits(hidden)
         normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
-        return self._head(normed).float()
+        return self._head(normed)
 
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """Compute the segments' rows and return the next-token logits of some of them, float32 [len(rows), vocab].

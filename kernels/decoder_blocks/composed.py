@@ -48,6 +48,12 @@ class ComposedLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(self._rounded(x), self._weight, self._bias)
 
+    def unrounded(self, x: torch.Tensor) -> torch.Tensor:
+        """The result in float32, as it was summed."""
+        if x.is_cuda and self._weight.dtype != torch.float32 and self._bias is None:
+            return torch.mm(self._rounded(x), self._weight.t(), out_dtype=torch.float32)
+        return self(x).float()
+
     def add_to(self, target: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """target += x weightᵀ + bias: the residual costs no launch of its own and is rounded once, with the product."""
         if self._bias is not None:
@@ -56,6 +62,20 @@ class ComposedLinear:
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x.bfloat16().to(x.dtype) if self._rounds else x
+
+
+class ComposedHead:
+    """`kernels.blocks.Head` in `dtype`.
+
+    Logits of 10 that are rounded to bfloat16 stand 1/16 apart: the best two would often be equal, and chance would
+    choose.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        self._linear = ComposedLinear(weight, None, dtype)
+
+    def __call__(self, normed: torch.Tensor, /) -> torch.Tensor:
+        return self._linear.unrounded(normed)
 
 
 class ComposedAttentionBlock:

@@ -125,7 +125,7 @@ class _Ends:
         self._group = group
         self._embedding = weights.embedding
         self._final_norm = weights.final_norm.to(backend.activation_dtype(weights.embedding.dtype))
-        self._head = backend.pack_linear(weights.head)
+        self._head = backend.pack_head(weights.head)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._shard.degrees.tensor == 1:
@@ -142,7 +142,7 @@ class _Ends:
         if not len(hidden):
             return hidden.new_empty(0, config.vocab_size, dtype=torch.float32)
         normed = self._backend.rms_norm(hidden, self._final_norm, config.norm_epsilon)
-        logits = self._group.gather_vocabulary(self._head(normed).float(), self._shard.vocabulary_part)
+        logits = self._group.gather_vocabulary(self._head(normed), self._shard.vocabulary_part)
         return None if logits is None else logits[:, : config.vocab_size]
 
 

@@ -64,7 +64,7 @@ def test_layers_of_a_backend_are_packed_one_behind_the_other() -> None:
     backend = choose_backend(torch.device("cpu"), "native")
     torch.manual_seed(0)
     weights = [torch.randn(64, 48), torch.randn(48, 64)]
-    layers = [backend.pack_linear(weight) for weight in weights]
+    layers = [backend.pack_head(weight) for weight in weights]
     assert all(isinstance(layer, NativeLinear) for layer in layers)
     first, second = (layer.struct.packed for layer in layers if isinstance(layer, NativeLinear))
     assert second == first + 64 * 48 * 4
