@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from rich.progress import Progress
 
 from benchmarks.client import CompletionClient, Prompt
 from benchmarks.failures import STACK_FAILURES, exit_on
+from benchmarks.inflate import INFLATED_FROM
 from benchmarks.load import REQUESTS_PER_STREAM, rate_of_all, stream_all
 from benchmarks.machine import describe_machine
 from benchmarks.markdown import markdown_table, shown_command
@@ -47,12 +49,16 @@ OPTIONS: ServiceOptions = {"verifier": {"step_times": "none"}, "speculator": {"s
 
 @dataclass(frozen=True)
 class Turn:
-    """Tokens per second of the same requests with drafts and without; same: whether their texts are the same."""
+    """Tokens per second of the same requests with drafts and without.
+
+    same: of how many of the requests all texts are the same.
+    """
 
     streams: int
     drafting: float
     plain: float
-    same: bool
+    requests: int
+    same: int
 
     @property
     def ratio(self) -> float:
@@ -105,11 +111,11 @@ def _turn(
         rates[drafting].append(rate_of_all(answers))
         texts.append([stream.answer().text for stream in answers])
         on_arm()
-    same = all(own == texts[0] for own in texts)
-    return Turn(streams, harmonic_mean(rates[True]), harmonic_mean(rates[False]), same)
+    same = sum(len(set(own)) == 1 for own in zip(*texts, strict=True))
+    return Turn(streams, harmonic_mean(rates[True]), harmonic_mean(rates[False]), len(prompts), same)
 
 
-def page(turns: Sequence[Turn], command: str, machine: dict[str, str]) -> str:
+def page(turns: Sequence[Turn], models: str, command: str, machine: dict[str, str]) -> str:
     """The first turn of a load, in which it is new to the budget, stands beside all."""
     header = (
         "streams",
@@ -120,7 +126,7 @@ def page(turns: Sequence[Turn], command: str, machine: dict[str, str]) -> str:
         "standard error",
         "median [quartiles]",
         "first turn",
-        "same text",
+        "same texts",
     )
     rows = []
     for streams in dict.fromkeys(turn.streams for turn in turns):
@@ -139,14 +145,14 @@ def page(turns: Sequence[Turn], command: str, machine: dict[str, str]) -> str:
                 f"{error:.3f}",
                 f"{spread.median:.3f} [{spread.low:.3f}, {spread.high:.3f}]",
                 f"{ratios[0]:.3f}",
-                "yes" if all(turn.same for turn in own) else "NO",
+                f"{sum(turn.same for turn in own)} of {sum(turn.requests for turn in own)}",
             )
         )
     facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"""# Drafting against plain decoding, by load
 
-`{command}`, {date}. The embedded models through the gateway, with the default settings (the suffix index off: prompts
+`{command}`, {date}. {models} through the gateway, with the default settings (the suffix index off: prompts
 are asked several times). A turn makes the same requests with drafts, without, without, with; its ratio is of tokens per
 second while all streams have a request open. The budget starts with no knowledge, and what it learns in the first turns
 is paid for in them.
@@ -155,6 +161,15 @@ is paid for in them.
 
 {facts}
 """
+
+
+def _models(up: UpSettings) -> str:
+    if up.llm == EMBEDDED_LLM and not up.ssm:
+        return "The embedded models"
+    folder = resolve_model(up.llm)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    cost = ", an inflated model, whose text is a small one's" if INFLATED_FROM in config else ""
+    return f"{folder.name}{cost}, with drafts of {', '.join(Path(ssm).name for ssm in up.drafting) or 'look-up'},"
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -188,7 +203,7 @@ def main(
             up, prompts, loads, new_tokens, turns, temperature, options, lambda: progress.advance(task)
         )
         found = asyncio.run(measured)
-    text = page(found, shown_command("benchmarks.drafting_pays", sys.argv[1:]), machine)
+    text = page(found, _models(up), shown_command("benchmarks.drafting_pays", sys.argv[1:]), machine)
     out.write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,5 @@
-"""Tree attention against the device's copy rate, and the step of a 7B-shaped model against reading its weights once.
+"""Tree attention against the device's copy rate, the step of a 7B-shaped model against reading its weights once, and
+drafts of a small model.
 
     python -m benchmarks.gpu
 
@@ -7,11 +8,12 @@ Needs a CUDA device. Writes benchmarks/results/gpu.md.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -22,21 +24,26 @@ import torch
 import typer
 
 from benchmarks.dense_attention import BLOCK_SIZE, Tree, ancestor_masks, flex, sdpa
+from benchmarks.draft_times import DEPTH, draft_table
 from benchmarks.markdown import markdown_table, shown_command
 from kernels.backend import Backend, choose_backend
 from kernels.blocks import AttentionWeights, TreeAttention
 from kernels.decoder_blocks.composed import ComposedAttentionBlock
-from runtime.batch import Segment
+from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig, RopeScaling
-from runtime.kv_cache import CachedSequence, longest_sequence_blocks
+from runtime.kv_cache import CachedSequence, KVCache, longest_sequence_blocks
 from runtime.step_graph import cuda_capture
 from runtime.transformer import Transformer
 from runtime.weights import EndWeights, LayerWeights
+from services.common.model_files import resolve_model
+from services.launcher.settings import EMBEDDED_SSMS
 
 CONTEXTS = (1024, 4096, 16384)
 ATTENTION_NODES = (1, 8, 32, 64)
 STEP_NODES = (1, 8, 16, 32, 64)
 STEP_CONTEXT = 1024
+# Attention is called for so many layers in a row, whose caches together do not fit the L2 cache, as in a step.
+LAYER_BYTES, MOST_LAYERS = 256 * 2**20, 16
 # query heads, key heads, head dim: LLaMA-7B's, and grouped as in Llama 3 8B
 HEADS = ((32, 32, 128), (32, 8, 128))
 PEERS: Mapping[str, Callable[[Tree], TreeAttention]] = {"SDPA, dense mask": sdpa, "flex attention": flex}
@@ -117,28 +124,48 @@ def with_attention(backend: Backend, attention: TreeAttention) -> Backend:
     return replace(backend, tree_attention=attention, pack_attention=pack_attention)
 
 
-def step_of(model: Transformer, context: int, nodes: int) -> Callable[[], torch.Tensor]:
-    """Computes a tree behind the context of one sequence, again and again: float32 logits [nodes, vocab].
+@dataclass(frozen=True)
+class Step:
+    """A step over a tree behind the context of one sequence, again and again.
 
     The sequence's blocks are consecutive from 0, what dense attention asks for. Its keys and values are all zero.
     """
-    cache = model.new_cache(0.5, 1, blocks=longest_sequence_blocks(model.config))
-    sequence = CachedSequence(length=context)
-    cache.reserve(sequence, context + nodes)
-    depths = [(node + 1).bit_length() - 1 for node in range(nodes)]
-    segment = Segment.tree(sequence, list(range(nodes)), depths, ancestor_masks(nodes), context)
-    return partial(model.step, [segment], range(nodes), cache)
+
+    model: Transformer
+    cache: KVCache
+    segment: Segment
+
+    @classmethod
+    def of(cls, model: Transformer, context: int, nodes: int) -> Step:
+        cache = model.new_cache(0.5, 1, blocks=longest_sequence_blocks(model.config))
+        sequence = CachedSequence(length=context)
+        cache.reserve(sequence, context + nodes)
+        depths = [(node + 1).bit_length() - 1 for node in range(nodes)]
+        return cls(model, cache, Segment.tree(sequence, list(range(nodes)), depths, ancestor_masks(nodes), context))
+
+    @property
+    def nodes(self) -> int:
+        return len(self.segment.token_ids)
+
+    def __call__(self) -> torch.Tensor:
+        """float32 logits [nodes, vocab]."""
+        return self.model.step([self.segment], range(self.nodes), self.cache)
+
+    def on_device(self) -> Callable[[], object]:
+        """What the device does of it, without the way there and back."""
+        batch = FlatBatch.of([self.segment], self.model.device)
+        return lambda: self.model.logits(self.model.forward(batch, self.cache))
 
 
 def captured_ms(compute: Callable[[], object]) -> float:
-    """Milliseconds of a computation that is captured in a graph, the L2 cache emptied before each run; the median."""
+    """Milliseconds of a computation that is captured in a graph; the median."""
     from triton.testing import do_bench  # triton has wheels for some platforms only
 
     def run() -> None:
         compute()
 
     replay = cuda_capture(torch.device("cuda"))(run)
-    result: float = do_bench(replay, warmup=50, rep=200, return_mode="median")
+    result: float = do_bench(replay, warmup=20, rep=100, return_mode="median")
     return result
 
 
@@ -153,11 +180,12 @@ def step_ms(compute: Callable[[], torch.Tensor], repeats: int) -> float:
     return statistics.median(times)
 
 
-def copy_rate() -> float:
+def copy_rates() -> dict[str, float]:
     """Bytes a second, read and written together, of a copy within the device."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (captured_ms(lambda: target.copy_(source)) / 1000)
+    copies = {"cudaMemcpy": lambda: target.copy_(source), "a kernel": lambda: torch.mul(source, 1.0, out=target)}
+    return {name: 2 * source.nbytes / (captured_ms(copy) / 1000) for name, copy in copies.items()}
 
 
 def attention_table(heads: int, kv_heads: int, head_dim: int, rate: float, peers: Sequence[str]) -> str:
@@ -176,12 +204,19 @@ def attention_times(
 ) -> Iterator[tuple[str, float]]:
     device = torch.device("cuda")
     tree = Tree.binary(context, nodes, device)
-    size = tree.block_tables.shape[1] * BLOCK_SIZE, kv_heads, head_dim
+    size = 2, tree.block_tables.shape[1] * BLOCK_SIZE, kv_heads, head_dim
+    layers = min(MOST_LAYERS, 1 + LAYER_BYTES // (2 * math.prod(size)))
     query = torch.randn(nodes, heads, head_dim, device=device, dtype=torch.bfloat16)
-    keys, values = torch.randn(2, *size, device=device, dtype=torch.bfloat16)
+    caches = torch.randn(layers, *size, device=device, dtype=torch.bfloat16)
     for name in ("ours", *peers):
         attention = choose_backend(device, "triton").tree_attention if name == "ours" else PEERS[name](tree)
-        yield name, captured_ms(partial(tree.attend, attention, query, keys, values))
+        yield name, captured_ms(partial(attend_all, tree, attention, query, caches)) / layers
+
+
+def attend_all(tree: Tree, attention: TreeAttention, query: torch.Tensor, caches: torch.Tensor) -> None:
+    """caches: [layers, 2, slots, kv_heads, dim]."""
+    for keys, values in caches:
+        tree.attend(attention, query, keys, values)
 
 
 def attention_line(context: int, nodes: int, times: Mapping[str, float], moved: int, rate: float) -> list[str]:
@@ -202,24 +237,31 @@ def step_table(config: ModelConfig, rate: float, repeats: int, peers: Sequence[s
         times = {}
         for name in ("ours", *peers):
             own = backend if name == "ours" else with_attention(backend, PEERS[name](tree))
-            compute = step_of(Transformer(config, *weights, own, device), STEP_CONTEXT, nodes)
-            times[name] = step_ms(compute, repeats)
+            step = Step.of(Transformer(config, *weights, own, device), STEP_CONTEXT, nodes)
+            times[name] = step_ms(step, repeats)
+            if name == "ours":
+                times["on the device"] = captured_ms(step.on_device())
         lines.append(step_line(nodes, times, floor))
-    return markdown_table(["nodes", *(f"{name}, ms" for name in ("ours", *peers)), "ours / floor"], lines)
+    header = ["nodes", "ours, ms", "of that on the device, ms", *(f"{name}, ms" for name in peers)]
+    return markdown_table([*header, "ours / floor", "on the device / floor"], lines)
 
 
 def step_line(nodes: int, times: Mapping[str, float], floor_ms: float) -> list[str]:
-    return [f"{nodes}", *(f"{milliseconds:.3f}" for milliseconds in times.values()), f"{times['ours'] / floor_ms:.2f}"]
+    over = [f"{times[name] / floor_ms:.2f}" for name in ("ours", "on the device")]
+    return [f"{nodes}", *(f"{milliseconds:.3f}" for milliseconds in times.values()), *over]
 
 
-def page(repeats: int, peers: Sequence[str], command: str) -> str:
-    rate = copy_rate()
+def page(repeats: int, peers: Sequence[str], ssm: str, command: str) -> str:
+    rates = copy_rates()
+    rate = max(rates.values())
+    shown_rates = " and ".join(f"{own / 1e12:.2f} by {name}" for name, own in rates.items())
     gigabytes = weight_bytes(LLAMA_7B, 2) / 1e9
     sections = [
         "# On a GPU",
         f"Made on {date.today().isoformat()} by `{command}` on one {torch.cuda.get_device_name()} with torch "
-        f"{version('torch')} and triton {version('triton')}. A copy within the device moves {rate / 1e12:.2f} TB/s, "
-        "read and written together. All is bf16 and captured in CUDA graphs; attention starts with an empty L2 cache.",
+        f"{version('torch')} and triton {version('triton')}. A copy within the device moves so many TB/s, read and "
+        f"written together: {shown_rates}; the higher counts below. All is bf16 and captured in CUDA graphs. Attention "
+        "is called for several layers in a row, whose keys and values are in memory, not in the L2 cache.",
     ]
     for heads, kv_heads, head_dim in HEADS:
         sections += [
@@ -228,9 +270,14 @@ def page(repeats: int, peers: Sequence[str], command: str) -> str:
         ]
     sections += [
         "## Step of a 7B-shaped model with random weights",
-        f"One sequence, {STEP_CONTEXT} tokens of context, from the nodes on the host to the chosen tokens on the host. "
-        f"Floor: {gigabytes:.1f} GB of weights at the rate of a copy, {1000 * gigabytes * 1e9 / rate:.2f} ms.",
+        f"One sequence, {STEP_CONTEXT} tokens of context, from the nodes on the host to the chosen tokens on the host; "
+        f"and what of it the device takes. Floor: {gigabytes:.1f} GB of weights at the rate of a copy, "
+        f"{1000 * gigabytes * 1e9 / rate:.2f} ms.",
         step_table(LLAMA_7B, rate, repeats, peers),
+        "## Drafts of a small model",
+        f"{Path(ssm).name}, greedily, up to {DEPTH} levels, from the accepted tokens to the trees on the host: all "
+        "levels captured in one graph, and level by level.",
+        draft_table(resolve_model(ssm), repeats),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -238,6 +285,7 @@ def page(repeats: int, peers: Sequence[str], command: str) -> str:
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each figure; the median counts.")] = 50,
     peer: Annotated[list[str], typer.Option(help=f"Peers: {', '.join(PEERS)}; repeatable.")] = list(PEERS),  # noqa: B006  # typer copies it
+    ssm: Annotated[str, typer.Option(help="Small model that drafts: a folder or a hub id.")] = EMBEDDED_SSMS[0],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("benchmarks/results/gpu.md"),
 ) -> None:
     """Measures on a CUDA device and writes the page."""
@@ -248,7 +296,7 @@ def main(
         raise typer.Exit(1)
     torch.manual_seed(0)
     with torch.inference_mode():
-        text = page(repeats, peer, shown_command("benchmarks.gpu", sys.argv[1:]))
+        text = page(repeats, peer, ssm, shown_command("benchmarks.gpu", sys.argv[1:]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
     print(text)

@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
@@ -18,6 +20,7 @@ def describe_machine(threads: int) -> dict[str, str]:
     return {
         "CPU": f"{cpu.get('model name') or platform.machine()}, {cores} cores"
         f" ({', '.join(unit for unit in VECTOR_UNITS if unit in flags)})",
+        **({"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": _system(),
         "versions": f"Python {platform.python_version()}, torch {version('torch')}, "

@@ -78,7 +78,7 @@ def _drafter(settings: SpeculatorSettings, loaded: LoadedModel[Transformer]) -> 
     log.info("draft calibrated", extra={"model": loaded.facts.model, **asdict(calibration)})
     drafting = DrafterSettings(
         prefill_chunk=settings.prefill_chunk,
-        beam=settings.beam,
+        beam=settings.beam_on(loaded.model.device.type),
         min_confidence=settings.min_confidence,
         stream=secrets.randbits(63),
         calibration=calibration,

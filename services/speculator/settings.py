@@ -7,6 +7,8 @@ from typing import Literal
 
 from services.common.settings import ServiceSettings, SettingsError, setting
 
+CPU_BEAM, GPU_BEAM = 2, 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculatorSettings(ServiceSettings):
@@ -56,13 +58,25 @@ class SpeculatorSettings(ServiceSettings):
         "Sequences whose KV each model keeps; older ones are computed again.", default=64, minimum=1
     )
     prefill_chunk: int = setting("Tokens of one sequence in one forward pass.", default=512, minimum=1)
-    beam: int = setting("Nodes that best-first growth expands at each depth.", default=2, minimum=1, maximum=64)
+    beam: int | None = setting(
+        f"Nodes that best-first growth expands at each depth; without this setting {CPU_BEAM} on a CPU and {GPU_BEAM} "
+        "on a GPU.",
+        default=None,
+        minimum=1,
+        maximum=64,
+    )
     min_confidence: float = setting(
         "Paths less probable than this are not drafted any deeper, and by look-up not at all.",
         default=0.02,
         minimum=0,
         maximum=1,
     )
+
+    def beam_on(self, device_type: str) -> int:
+        """On a device of this type, as torch names it."""
+        if self.beam is not None:
+            return self.beam
+        return CPU_BEAM if device_type == "cpu" else GPU_BEAM
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,8 @@
 """The engine loop: one thread that owns the device and every sequence.
 
-A step reads: plan, ask for drafts, settle the last step, collect drafts, forward, verify, commit. Requests come in and
-go out through thread-safe doors.
+A step reads: plan, ask for drafts, settle the last step, collect drafts, forward, verify, commit. What computes
+meanwhile hides the settling: speculators elsewhere, or behind forward the device. Requests come in and go out through
+thread-safe doors.
 """
 
 from __future__ import annotations
@@ -132,10 +133,12 @@ class Engine:
         asked = self.drafts.ask(plans)
         if asked.elsewhere:
             time.sleep(_HEAD_START_S)
-        self._settle()  # while the speculators draft
+        if asked.elsewhere or not self.runner.asynchronous:
+            self._settle()
         drafts = self.drafts.collect(asked)
         drafted = time.perf_counter()
         logits = self.runner.forward(plans, drafts)
+        self._settle()
         accepted = self._verify(plans, drafts, logits)
         outputs = self._commit(plans, drafts, logits, accepted)
         finished = time.perf_counter()

@@ -38,6 +38,11 @@ class Runner:
         self.model = model
         self.cache = cache
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a device goes on computing when `forward` has returned."""
+        return self.model.device.type != "cpu"
+
     def forward(self, plans: Sequence[SequencePlan], drafts: Mapping[int, MergedDraft]) -> StepLogits:
         """Compute the planned chunks and trees; afterwards the KV of the chunks is committed.
 

@@ -181,8 +181,12 @@ def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepMo
     loaded = LoadedModel.load(
         settings.llm, load, settings.kv_memory, settings.max_sequences, settings.kv_blocks, settings.model_name
     )
-    loaded.capture(lambda: loaded.model.prepare_steps(settings.max_sequences, 1 + settings.draft_nodes))
+    loaded.capture(lambda: loaded.model.prepare_steps(settings.max_sequences, 1 + _most_nodes(settings, loaded)))
     return loaded
+
+
+def _most_nodes(settings: VerifierSettings, loaded: LoadedModel[StepModel]) -> int:
+    return settings.most_draft_nodes(loaded.model.device.type)
 
 
 def _build_engine(
@@ -198,7 +202,7 @@ def _build_engine(
         max_sequences=settings.max_sequences,
         max_step_rows=settings.max_step_rows,
         prefill_chunk=settings.prefill_chunk,
-        draft_nodes=settings.draft_nodes if sources else 0,
+        draft_nodes=_most_nodes(settings, loaded) if sources else 0,
         draft_depth=settings.draft_depth,
     )
     drafting = DraftSettings(settings.acceptance, settings.draft_width, settings.draft_timeout_ms / 1000)
@@ -221,7 +225,7 @@ async def _budget(
     metrics: VerifierMetrics,
 ) -> AsyncIterator[DraftBudget[Any]]:
     """One that measures keeps what it learns over restarts."""
-    if settings.draft_always or settings.draft_width or not (sources and settings.draft_nodes):
+    if settings.draft_always or settings.draft_width or not (sources and _most_nodes(settings, loaded)):
         yield WholeDrafts()
         return
     knowledge = await asyncio.to_thread(_knowledge, settings, loaded, runner, sources)
@@ -236,10 +240,10 @@ def _knowledge(
     settings: VerifierSettings, loaded: LoadedModel[StepModel], runner: Runner, sources: Sequence[DraftSource]
 ) -> Knowledge:
     """Measures the steps of the model, which takes a second or two, unless it is known what they take."""
-    most_rows = min(settings.max_step_rows, settings.max_sequences * (1 + settings.draft_nodes))
+    bounds = (_most_nodes(settings, loaded), settings.draft_depth)
+    most_rows = min(settings.max_step_rows, settings.max_sequences * (1 + bounds[0]))
     times = StepTimes(settings.step_times, loaded, (settings.tensor_parallel, settings.pipeline_parallel))
     points = times.points(runner, most_rows)
-    bounds = (settings.draft_nodes, settings.draft_depth)
     facts = {
         **times.facts,
         "drafting": VERSION,

@@ -8,6 +8,9 @@ from typing import Literal
 from services.common.settings import ServiceSettings, SettingsError, setting
 from speculation.acceptance import AcceptanceRule
 
+# The largest trees, unless draft_nodes says otherwise; each step drafts what pays.
+CPU_DRAFT_NODES, GPU_DRAFT_NODES = 11, 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifierSettings(ServiceSettings):
@@ -61,10 +64,10 @@ class VerifierSettings(ServiceSettings):
         "How sampled requests accept drafts: shared-noise (a seed fixes the text), mss or naive.",
         default=AcceptanceRule.SHARED_NOISE,
     )
-    draft_nodes: int = setting(
-        "Most draft tokens of a tree; 0 switches drafting off. More pay where a step costs little more for many rows: "
-        "a large model, a GPU.",
-        default=11,
+    draft_nodes: int | None = setting(
+        f"Most draft tokens of a tree; 0 switches drafting off. More pay where a step costs little more for many rows: "
+        f"without this setting {CPU_DRAFT_NODES} on a CPU and {GPU_DRAFT_NODES} on a GPU.",
+        default=None,
         minimum=0,
         maximum=255,
     )
@@ -85,6 +88,12 @@ class VerifierSettings(ServiceSettings):
         default="",
     )
     draft_timeout_ms: int = setting("How long a step waits for its drafts.", default=500, minimum=1)
+
+    def most_draft_nodes(self, device_type: str) -> int:
+        """On a device of this type, as torch names it."""
+        if self.draft_nodes is not None:
+            return self.draft_nodes
+        return CPU_DRAFT_NODES if device_type == "cpu" else GPU_DRAFT_NODES
 
     def __post_init__(self) -> None:
         super().__post_init__()

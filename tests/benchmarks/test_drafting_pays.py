@@ -27,16 +27,17 @@ def test_turns_ask_the_same_with_drafts_and_without(tmp_path: Path) -> None:
     assert [turn.streams for turn in turns] == [1, 1, 3, 3]
     assert len(arms) == len(turns) * len(ORDER)
     for turn in turns:
-        assert turn.same
+        assert turn.same == turn.requests
         assert turn.drafting > 0
         assert turn.plain > 0
 
 
 def test_the_page_shows_ratios_and_different_texts() -> None:
-    turns = [Turn(8, 120.0, 100.0, True), Turn(8, 90.0, 100.0, False)]
-    text = page(turns, "python -m benchmarks.drafting_pays", {"CPU": "two cores"})
+    turns = [Turn(8, 120.0, 100.0, 32, 32), Turn(8, 90.0, 100.0, 32, 31)]
+    text = page(turns, "The models", "python -m benchmarks.drafting_pays", {"CPU": "two cores"})
     (row,) = [line for line in text.splitlines() if line.startswith("| 8 |")]
     assert "| **1.050** |" in row
     assert "| 1.200 |" in row
-    assert row.endswith("| NO |")
+    assert row.endswith("| 63 of 64 |")
+    assert "The models through the gateway" in text
     assert "two cores" in text

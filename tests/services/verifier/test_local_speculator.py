@@ -15,6 +15,8 @@ from services.speculator.hosting import HostedSpeculator
 from services.speculator.loading import LoadedSpeculator
 from services.speculator.settings import SpeculatorSettings
 from services.verifier import local_speculator
+from services.verifier.engine import Engine
+from services.verifier.runner import Runner
 from tests.services.harness import Host, Services
 from tests.services.verifier.test_lossless import assert_lossless, prompts
 from tests.tiny_models import write_model
@@ -43,6 +45,38 @@ def test_greedy_text_is_that_of_plain_decoding(llm: Path, ssms: list[Path], runn
     assert verifier.metric("accepted_tokens_total") > 0
     assert verifier.metric("accepted_from_total", source=ssms[1].name) > 0
     assert verifier.metric("answer_seconds_count", speculator="local") > 0
+
+
+def test_a_step_is_settled_while_the_next_one_is_computed(
+    llm: Path, ssms: list[Path], running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a device computes behind `forward`; with one request, so that no step but the first settles nothing."""
+    order: list[str] = []
+    settle = Engine._settle
+
+    def settled(engine: Engine) -> None:
+        order.extend("settle" for _ in engine._unsettled)
+        settle(engine)
+
+    def noted(owner: type, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*arguments: Any) -> Any:
+            result = inner(*arguments)
+            order.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(Runner, "asynchronous", True)
+    monkeypatch.setattr(Engine, "_settle", settled)
+    noted(Runner, "forward")
+    noted(Engine, "_verify")
+    verifier = running.verifier(llm, host=host_of(ssms[0]))
+    assert_lossless(verifier, llm, prompts(1), at_once=1)
+    steps = order.count("forward")
+    assert steps > 2
+    assert order == ["forward", "_verify", *["forward", "settle", "_verify"] * (steps - 1), "settle"]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
