@@ -1,6 +1,6 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # Triton has no type hints, and the parameters of a kernel are not Python values.
-"""Head norms, rotation and the write into the cache on the GPU, in Triton: one launch, one program a head of a row."""
+"""Head norms, rotation and the write into the cache on the GPU, in Triton: one launch, a program for some heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import triton.language as tl
 
 from kernels.blocks import HeadNorms, check_tensor
 
-COMPILER_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}  # fused products would round unlike PyTorch's
+# Heads of a program, at most: one alone is less work than starting a program.
+HEAD_TILE = 16
+COMPILER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products would round unlike PyTorch's
 
 
 @triton.jit
@@ -29,41 +31,44 @@ def _rotated_write_kernel(
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PADDED: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
     NORMED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     dim = tl.arange(0, HALF_PADDED)
-    inside = dim < HALF
-    place = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + dim
-    first = tl.load(place, mask=inside, other=0.0)
-    second = tl.load(place + HALF, mask=inside, other=0.0)
-    slot = tl.load(slots + row)
-    if head >= HEADS + KV_HEADS:
-        target = values + (slot * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + dim
-        tl.store(target, first.to(values.dtype.element_ty), mask=inside)
-        tl.store(target + HALF, second.to(values.dtype.element_ty), mask=inside)
-        return
+    there = (head < HEADS + 2 * KV_HEADS)[:, None] & (dim < HALF)[None, :]
+    of_query = there & (head < HEADS)[:, None]
+    of_value = there & (head >= HEADS + KV_HEADS)[:, None]
+    of_key = there & (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None]
+    place = qkv + (row * (HEADS + 2 * KV_HEADS) + head)[:, None] * (2 * HALF) + dim[None, :]
+    first = tl.load(place, mask=there, other=0.0)
+    second = tl.load(place + HALF, mask=there, other=0.0)
     kind = first.dtype
     x, y = first.to(tl.float32), second.to(tl.float32)
     if NORMED:
-        norm = tl.where(head < HEADS, query_norm, key_norm) + dim
-        inverse = tl.rsqrt((tl.sum(x * x, axis=0) + tl.sum(y * y, axis=0)) / (2 * HALF) + eps)
+        norm = tl.where(of_query, query_norm + dim[None, :], key_norm + dim[None, :])
+        turned = of_query | of_key
+        low = tl.load(norm, mask=turned, other=0.0).to(kind).to(tl.float32)
+        high = tl.load(norm + HALF, mask=turned, other=0.0).to(kind).to(tl.float32)
+        inverse = tl.rsqrt((tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / (2 * HALF) + eps)[:, None]
         # rounded after the normalisation and after the weight, as in rms_norm
-        x = (x * inverse).to(kind).to(tl.float32) * tl.load(norm, mask=inside, other=0.0).to(kind).to(tl.float32)
-        y = (y * inverse).to(kind).to(tl.float32) * tl.load(norm + HALF, mask=inside, other=0.0).to(kind).to(tl.float32)
+        x, y = (x * inverse).to(kind).to(tl.float32) * low, (y * inverse).to(kind).to(tl.float32) * high
         x, y = x.to(kind).to(tl.float32), y.to(kind).to(tl.float32)
-    c = tl.load(cos + row * HALF + dim, mask=inside, other=0.0)
-    s = tl.load(sin + row * HALF + dim, mask=inside, other=0.0)
+    c = tl.load(cos + row * HALF + dim, mask=dim < HALF, other=0.0)[None, :]
+    s = tl.load(sin + row * HALF + dim, mask=dim < HALF, other=0.0)[None, :]
     turned_x, turned_y = (x * c - y * s).to(kind), (y * c + x * s).to(kind)
-    if head < HEADS:
-        turned = query + (row * HEADS + head) * (2 * HALF) + dim
-        tl.store(turned, turned_x, mask=inside)
-        tl.store(turned + HALF, turned_y, mask=inside)
-    else:
-        target = keys + (slot * KV_HEADS + head - HEADS) * (2 * HALF) + dim
-        tl.store(target, turned_x.to(keys.dtype.element_ty), mask=inside)
-        tl.store(target + HALF, turned_y.to(keys.dtype.element_ty), mask=inside)
+
+    queries = query + (row * HEADS + head)[:, None] * (2 * HALF) + dim[None, :]
+    tl.store(queries, turned_x, mask=of_query)
+    tl.store(queries + HALF, turned_y, mask=of_query)
+    slot = tl.load(slots + row)
+    entry = keys + (slot * KV_HEADS + head - HEADS)[:, None] * (2 * HALF) + dim[None, :]
+    tl.store(entry, turned_x.to(keys.dtype.element_ty), mask=of_key)
+    tl.store(entry + HALF, turned_y.to(keys.dtype.element_ty), mask=of_key)
+    entry = values + (slot * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * (2 * HALF) + dim[None, :]
+    tl.store(entry, first.to(values.dtype.element_ty), mask=of_value)
+    tl.store(entry + HALF, second.to(values.dtype.element_ty), mask=of_value)
 
 
 def rotated_write(
@@ -84,7 +89,9 @@ def rotated_write(
     check_tensor("sin", sin, (rows, head_dim // 2), torch.float32)
     query = qkv.new_empty(rows, heads, head_dim)
     if rows:
-        _rotated_write_kernel[(rows, heads + 2 * kv_heads)](
+        all_heads = heads + 2 * kv_heads
+        head_tile = min(HEAD_TILE, triton.next_power_of_2(all_heads))
+        _rotated_write_kernel[(rows, triton.cdiv(all_heads, head_tile))](
             qkv,
             query,
             kv[0],
@@ -99,6 +106,7 @@ def rotated_write(
             KV_HEADS=kv_heads,
             HALF=head_dim // 2,
             HALF_PADDED=triton.next_power_of_2(head_dim // 2),
+            HEAD_TILE=head_tile,
             NORMED=norms is not None,
             **COMPILER_OPTIONS,
         )

@@ -41,7 +41,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton ha
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    run_cases("triton_cases.py", at_least=133, interpret=True)
+    run_cases("triton_cases.py", at_least=139, interpret=True)
 
 
 @needs_triton
@@ -52,4 +52,4 @@ def test_for_gpus_that_are_not_there() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_the_gpu() -> None:
-    run_cases("triton_cases.py", at_least=133)
+    run_cases("triton_cases.py", at_least=139)

@@ -159,7 +159,7 @@ def test_bits_of_a_row_do_not_depend_on_the_others(shape: Shape) -> None:
 
 # Where a rounding may fall the other way. The interpreter cuts bfloat16 off instead, at each of two roundings.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.6e-2 if INTERPRETED else 8e-3}
-WRITES = [(0, 2, 1, 8), (1, 1, 1, 2), (5, 6, 2, 20), (3, 4, 4, 64), (2, 2, 1, 128)]
+WRITES = [(0, 2, 1, 8), (1, 1, 1, 2), (5, 6, 2, 20), (3, 4, 4, 64), (2, 2, 1, 128), (2, 20, 5, 16)]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -188,10 +188,7 @@ def test_gated_product_of_extreme_values_is_finite() -> None:
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(
-    ("rows", "heads", "kv_heads", "head_dim"),
-    [(0, 2, 1, 8), (1, 1, 1, 2), (5, 6, 2, 20), (3, 4, 4, 64), (2, 2, 1, 128)],
-)
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), WRITES)
 def test_rotated_write(rows: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, normed: bool) -> None:
     slots = torch.randperm(9)[:rows]
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype)
