@@ -91,7 +91,8 @@ def flex(tree: Tree) -> TreeAttention:
         return visible[row, entry]
 
     blocks = create_block_mask(sees, None, None, tree.nodes, tree.entries, device=str(device))
-    compiled = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+    torch.compiler.reset()  # what was compiled for other trees counts towards a limit, beyond which nothing is
+    compiled = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
         output: torch.Tensor = compiled(query, keys, values, block_mask=blocks, scale=scale, enable_gqa=True)
