@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from kernels.rms_norm.reference import rms_norm
 from kernels.rotated_write.reference import rotated_write
 from kernels.tree_attention import native as native_attention
 from kernels.tree_attention import reference as torch_attention
+from kernels.tree_growth.levels import GrowLevel
 
 BackendName = Literal["native", "triton", "torch"]
 RequestedName = Literal["auto", "native", "triton", "torch"]
@@ -57,6 +58,7 @@ class Backend:
     pack_* copy the weights into the layout that the implementation wants; the caller may drop its own. A backend is for
     one model, whose weights are packed in the order in which a step uses them.
     int8: pack_* quantize matrices to int8, see `kernels.packed_linear.int8`.
+    grow_level: None where trees grow in PyTorch.
     """
 
     name: BackendName
@@ -69,6 +71,7 @@ class Backend:
     pack_attention: Callable[[AttentionWeights], AttentionBlock]
     pack_mlp: Callable[[MlpWeights], MlpBlock]
     int8: bool = False
+    grow_level: GrowLevel | None = None
 
 
 def choose_backend(device: torch.device, requested: RequestedName = "auto", *, int8: bool = False) -> Backend:
@@ -125,6 +128,7 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
     from kernels.rms_norm import triton as triton_norm
     from kernels.rotated_write import triton as triton_write
     from kernels.tree_attention import triton as triton_attention
+    from kernels.tree_growth import triton as triton_growth
 
     operations = Operations(
         triton_norm.rms_norm,
@@ -132,9 +136,9 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
         triton_attention.tree_attention,
         triton_product.gated_product,
     )
-    return composed_backend(
-        "triton", f"triton {version('triton')}", device, operations, triton_compaction.kv_compaction
-    )
+    reason = f"triton {version('triton')}"
+    backend = composed_backend("triton", reason, device, operations, triton_compaction.kv_compaction)
+    return replace(backend, grow_level=triton_growth.grow_level)
 
 
 def _native_backend(reason: str, int8: bool = False) -> Backend:

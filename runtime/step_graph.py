@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from kernels.backend import Backend
 from runtime.batch import FlatBatch, Segment
 from runtime.config import ModelConfig
 from runtime.kv_cache import SCRATCH_ENTRIES, KVCache, longest_sequence_blocks
@@ -30,6 +31,9 @@ class StepComputer(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def backend(self) -> Backend: ...
 
     @property
     def device(self) -> torch.device: ...

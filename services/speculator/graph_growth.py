@@ -10,6 +10,7 @@ from itertools import product
 import torch
 
 from kernels.draft_loop.native import ChildRule
+from kernels.tree_growth.levels import CachePlaces, FrontierRows, GrowLevel, TreeRules, Trees
 from runtime.batch import FlatBatch
 from runtime.kv_cache import BLOCK_SIZE, KVCache, longest_sequence_blocks
 from runtime.step_graph import MASK_WORDS, MAX_ROWS, MIN_BLOCKS, Capture, Compute, StepComputer, power_of_four
@@ -124,6 +125,9 @@ class _StaticGrowth:
         self._input = _Given.of(self._device, shape)
         self._root_logits = torch.zeros(count, model.config.vocab_size, device=device)
         self._row_sequences = torch.arange(count, dtype=torch.int32, device=device).repeat_interleave(self._beam)
+        self._rules = self._input.rules(self._beam, shape.noisy)
+        self._places = CachePlaces(self._input.whole[0], self._input.tables, BLOCK_SIZE, cache.scratch_slot)
+        self._roots = Trees.roots(count, shape.nodes, words, device)
         self._result = torch.zeros(4, count, shape.nodes, dtype=torch.int64, device=device)
 
     def fill(self, growing: Sequence[Growing], floor: float, root_logits: torch.Tensor) -> None:
@@ -163,35 +167,57 @@ class _StaticGrowth:
 
     def compute(self) -> None:
         """All levels; what is read is on the device before."""
-        lengths, nodes, depth, noisy = self._input.whole
-        floor, temperature, scale = self._input.real
-        keys = self._input.noise_keys if self._shape.noisy else None
-        rules = GrowthRules(nodes, depth, floor, temperature.float(), scale, keys, noisy > 0)
-        growth = BatchGrowth(rules, self._shape.nodes, self._beam, self._words)
-        growth.extend(self._root_logits[:, None])
-        for level in range(1, self._shape.depth):
-            batch = self._batch(growth.frontier, lengths, level)
-            logits = self._model.logits(self._model.forward(batch, self._cache))
-            growth.extend(logits.view(self._shape.sequences, self._beam, -1))
-        numbers = (growth.token_ids, growth.parents, growth.slots, growth.confidences.view(torch.int64))
+        grow_level = self._model.backend.grow_level
+        grown = self._grown_in_torch() if grow_level is None else self._grown(grow_level)
+        numbers = (grown.token_ids, grown.parents, grown.slots, grown.confidences.view(torch.int64))
         torch.stack(numbers, out=self._result)
 
-    def _batch(self, frontier: Frontier, lengths: torch.Tensor, level: int) -> FlatBatch:
-        active, tables = frontier.active, self._input.tables
-        entries = lengths[:, None] + frontier.slots
-        blocks = tables.gather(1, (entries // BLOCK_SIZE).clamp(0, self._shape.blocks - 1))
-        slots = torch.where(active, blocks * BLOCK_SIZE + entries % BLOCK_SIZE, self._cache.scratch_slot)
-        seen = torch.where(active, lengths[:, None], 0)
-        masks = frontier.masks.masked_fill(~active[:, :, None], 0)
-        return FlatBatch(
-            token_ids=torch.where(active, frontier.token_ids, 0).flatten(),
-            positions=torch.where(active, lengths[:, None] + level, 0).flatten(),
-            slots=slots.flatten(),
-            row_sequences=self._row_sequences,
-            prefix_lengths=seen.int().flatten(),
-            masks=masks.flatten(0, 1),
-            block_tables=tables,
+    def _grown(self, grow_level: GrowLevel) -> Trees:
+        trees = grow_level(self._root_logits[:, None], self._rules, self._places, self._roots)
+        for _ in range(1, self._shape.depth):
+            trees = grow_level(self._logits(trees.frontier), self._rules, self._places, trees)
+        return trees
+
+    def _grown_in_torch(self) -> BatchGrowth:
+        rules = self._rules
+        noisy = None if rules.noisy is None else rules.noisy > 0
+        own = GrowthRules(
+            rules.nodes, rules.depth, rules.floor, rules.temperature.float(), rules.scale, rules.noise_keys, noisy
         )
+        growth = BatchGrowth(own, self._shape.nodes, self._beam, self._words)
+        growth.extend(self._root_logits[:, None])
+        for level in range(1, self._shape.depth):
+            growth.extend(self._logits(self._rows(growth.frontier, level)))
+        return growth
+
+    def _rows(self, frontier: Frontier, level: int) -> FrontierRows:
+        active, lengths = frontier.active, self._places.lengths[:, None]
+        entries = lengths + frontier.slots
+        blocks = self._places.block_tables.gather(1, (entries // BLOCK_SIZE).clamp(0, self._shape.blocks - 1))
+        slots = torch.where(active, blocks * BLOCK_SIZE + entries % BLOCK_SIZE, self._places.scratch_slot)
+        return FrontierRows(
+            confidences=frontier.confidences.masked_fill(~active, -torch.inf),
+            slots=frontier.slots,
+            masks=frontier.masks.masked_fill(~active[:, :, None], 0),
+            token_ids=torch.where(active, frontier.token_ids, 0).flatten(),
+            positions=torch.where(active, lengths + level, 0).flatten(),
+            cache_slots=slots.flatten(),
+            prefix_lengths=torch.where(active, lengths, 0).int().flatten(),
+        )
+
+    def _logits(self, rows: FrontierRows) -> torch.Tensor:
+        """float32 [sequences, beam, vocab]."""
+        batch = FlatBatch(
+            token_ids=rows.token_ids,
+            positions=rows.positions,
+            slots=rows.cache_slots,
+            row_sequences=self._row_sequences,
+            prefix_lengths=rows.prefix_lengths,
+            masks=rows.masks.flatten(0, 1),
+            block_tables=self._places.block_tables,
+        )
+        logits = self._model.logits(self._model.forward(batch, self._cache))
+        return logits.view(self._shape.sequences, self._beam, -1)
 
     def trees(self, name: str, growing: Sequence[Growing]) -> list[TokenTree]:
         """Wait for the results, copy them here and read them."""
@@ -221,7 +247,7 @@ def _words(beam: int, levels: int) -> int | None:
 class _Given:
     """Views of one int64 buffer.
 
-    whole: int64 [4, sequences], tokens before the root, most nodes, most depth, whether there is noise.
+    whole: int64 [4, sequences], entries before the root, most nodes, most depth, whether there is noise.
     noise_keys: int64 [sequences, depth]. real: float64 [3, sequences], floor, temperature, scale.
     tables: int32 [sequences, blocks].
     """
@@ -243,6 +269,13 @@ class _Given:
             tables.view(torch.int32)[: count * shape.blocks].view(count, shape.blocks),
         )
 
+    def rules(self, beam: int, noisy: bool) -> TreeRules:
+        """What is wanted, in these views."""
+        _, nodes, depth, has_noise = self.whole
+        floor, temperature, scale = self.real
+        keys, has_noise = (self.noise_keys, has_noise) if noisy else (None, None)
+        return TreeRules(nodes, depth, floor, temperature, scale, keys, has_noise, beam)
+
 
 def _tree(
     name: str,
@@ -252,7 +285,7 @@ def _tree(
     slots: Sequence[int],
     confidences: Sequence[float],
 ) -> TokenTree:
-    """token_ids, parents, slots, confidences: as in BatchGrowth."""
+    """token_ids, parents, slots, confidences: as in Trees."""
     count = sum(confidence > -math.inf for confidence in confidences)
     node_of = {0: 0} | {slot: node for node, slot in enumerate(slots[:count], start=1) if slot >= 0}
     last = max(node_of)

@@ -40,16 +40,18 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton ha
 
 
 @needs_triton
-def test_in_the_interpreter() -> None:
-    run_cases("triton_cases.py", at_least=139, interpret=True)
+@pytest.mark.parametrize(("cases", "at_least"), [("triton_cases.py", 139), ("triton_growth_cases.py", 24)])
+def test_in_the_interpreter(cases: str, at_least: int) -> None:
+    run_cases(cases, at_least, interpret=True)
 
 
 @needs_triton
 def test_for_gpus_that_are_not_there() -> None:
-    run_cases("triton_compilation.py", at_least=11)
+    run_cases("triton_compilation.py", at_least=13)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_the_gpu() -> None:
-    run_cases("triton_cases.py", at_least=139)
+@pytest.mark.parametrize(("cases", "at_least"), [("triton_cases.py", 139), ("triton_growth_cases.py", 28)])
+def test_on_the_gpu(cases: str, at_least: int) -> None:
+    run_cases(cases, at_least)

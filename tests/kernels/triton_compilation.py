@@ -18,6 +18,7 @@ from kernels.rotated_write import triton as write
 from kernels.tree_attention import triton as attention
 from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, stages, warps
 from kernels.tree_attention.triton import COMPILER_OPTIONS
+from kernels.tree_growth import triton as growth
 
 AMPERE, HOPPER = 86, 90
 # What a block may use, in bytes.
@@ -137,3 +138,35 @@ def test_the_fused_operations_compile() -> None:
     for capability, normed in ((AMPERE, 0), (HOPPER, 1)):
         constants = sizes | {"NORMED": normed}
         assert "cubin" in compile_kernel(write._rotated_write_kernel, types, constants, capability).asm
+
+
+# Triton's types of what a launch gives to the kernels of tree growth.
+GROWTH_TYPES = {
+    "*fp64": "above temperature scale maxima confidences kept_confidences out_confidences floor",
+    "*fp32": "logits sums",
+    "*i64": "noise_keys noisy keys token_ids kept_tokens kept_parents kept_slots above_slots nodes depth out_tokens "
+    "out_parents out_slots out_rows slots rows above_masks lengths out_masks out_positions out_cache_slots",
+    "*i32": "block_tables out_prefixes",
+    "i32": "vocab width levels level children kept beam blocks scratch_slot",
+}
+
+
+@pytest.mark.parametrize(("kept", "vocab", "capability"), [(16, 4096, HOPPER), (64, 128_256, AMPERE)])
+def test_tree_growth_compiles_and_fits(kept: int, vocab: int, capability: int, tmp_path: Path) -> None:
+    types = {name: kind for kind, names in GROWTH_TYPES.items() for name in names.split()}
+    tile = growth.tile_of(vocab, kept)
+    tiles = -(-vocab // tile)
+    chunk = min(growth.MAX_TILE, triton.next_power_of_2(tiles * kept))
+    padded = triton.next_power_of_2(tiles)
+    children = {"NOISY": 1, "BEST": kept, "TILES": tiles, "TILES_PADDED": padded, "CHUNK": chunk}
+    frontier = {"BLOCK_SIZE": 16, "WORDS": 4, "KEPT_PADDED": kept, "BEAM_PADDED": 8}
+    for kernel, constants, size in (
+        (growth._tile_kernel, {"NOISY": 1, "TILE": tile, "BEST": kept}, tile),
+        (growth._children_kernel, children, chunk),
+        (growth._keep_kernel, {"RANKED": growth.RANKED, "COMPARED": growth.COMPARED}, growth.MIN_TILE),
+        (growth._frontier_kernel, frontier, growth.MIN_TILE),
+    ):
+        own = {name: types[name] for name in kernel.arg_names if name in types}
+        compiled = compile_kernel(kernel, own, constants, capability, growth.compiler_options(size)["num_warps"])
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+        assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED
