@@ -75,15 +75,14 @@ def power_of_four(count: int, smallest: int) -> int:
     return size
 
 
-def decoding_shapes(sequences: int, rows: int, most_blocks: int) -> list[StepShape]:
-    """Of all steps of up to `sequences` sequences of up to `rows` rows each, behind contexts of the smallest bucket.
-
-    The largest first. most_blocks: of the longest sequence.
+def usual_shapes(sequences: int, most_blocks: int) -> list[StepShape]:
+    """Of all steps of up to `sequences` sequences, of prompts or of trees of up to 64 nodes, behind contexts of the
+    smallest bucket. The largest first. most_blocks: of the longest sequence.
     """
     shapes = {
-        bucket(size, count, 1, -(-min(rows, size) // 64), most_blocks)
+        bucket(rows, count, 1, 1, most_blocks)
         for count in range(1, min(sequences, MAX_ROWS) + 1)
-        for size in range(count, min(count * rows, MAX_ROWS) + 1)
+        for rows in range(count, MAX_ROWS + 1)
     }
     return sorted(shapes, key=lambda shape: (shape.rows, shape.sequences), reverse=True)
 
@@ -169,9 +168,9 @@ class StepGraphs:
         return bucket(rows, len(segments), blocks, words, self._most_blocks)
 
     @torch.inference_mode()
-    def prepare(self, sequences: int, rows: int) -> int:
-        """Capture all `decoding_shapes` of up to so many sequences and rows of each; how many these are."""
-        shapes = decoding_shapes(sequences, rows, self._most_blocks)
+    def prepare(self, sequences: int) -> int:
+        """Capture all `usual_shapes` of up to so many sequences; how many these are."""
+        shapes = usual_shapes(sequences, self._most_blocks)
         for shape in shapes:
             self._step_of(shape)
         return len(shapes)

@@ -35,7 +35,7 @@ class LoadedPart(Protocol):
 class StepModel(LoadedPart, Protocol):
     """A model that takes steps; one thread owns it and its cache."""
 
-    def prepare_steps(self, sequences: int, rows: int) -> int:
+    def prepare_steps(self, sequences: int) -> int:
         """See Transformer.prepare_steps."""
 
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:

@@ -115,11 +115,11 @@ class Transformer:
             self._graphs = StepGraphs(self, cache, self.capture)
         return cache
 
-    def prepare_steps(self, sequences: int, rows: int) -> int:
-        """Capture the steps of up to `sequences` sequences of up to `rows` rows each behind short contexts, so that no
-        request waits for it; how many shapes that are, 0 where steps are not captured.
+    def prepare_steps(self, sequences: int) -> int:
+        """Capture the steps of up to `sequences` sequences behind short contexts, so that no request waits for it; how
+        many shapes that are, 0 where steps are not captured.
         """
-        return 0 if self._graphs is None else self._graphs.prepare(sequences, rows)
+        return 0 if self._graphs is None else self._graphs.prepare(sequences)
 
     def forward(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return the last hidden states, [rows, hidden].

@@ -14,7 +14,8 @@ MAX_MOVES = 32
 CHUNK = 128
 
 
-@triton.jit(do_not_specialize=["moves"])
+# One program for all numbers of moves: what is compiled for a new one keeps requests waiting.
+@triton.jit(do_not_specialize=["moves"], do_not_specialize_on_alignment=["sources", "targets"])
 def _kv_compaction_kernel(
     cache,  # [planes, slots, slot_size]
     sources,
@@ -57,7 +58,7 @@ def kv_compaction(cache: torch.Tensor, moves: torch.Tensor) -> None:
         count,
         slots,
         slot_size,
-        MOVES=min(MAX_MOVES, triton.next_power_of_2(count)),
+        MOVES=MAX_MOVES,
         CHUNK=CHUNK,
         enable_fp_fusion=True,  # moves alone, but a compiler left to its default warns
     )

@@ -15,7 +15,7 @@ HEAD_TILE = 16
 COMPILER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products would round unlike PyTorch's
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotated_write_kernel(
     qkv,  # [rows, HEADS + 2 * KV_HEADS, 2 * HALF]
     query,  # [rows, HEADS, 2 * HALF]

@@ -140,8 +140,12 @@ def _absorb_tile(
     return highest, total, accumulator
 
 
-# Numbers that change from step to step are not specialised on: each of them would be compiled several times.
-@triton.jit(do_not_specialize=["rows", "max_blocks"])
+# Numbers that change from step to step, and where the views of a batch's buffers start, are not specialised on: what is
+# compiled for a new one keeps requests waiting for a second.
+_UNALIGNED = ["block_tables", "row_sequences", "prefix_lengths", "masks"]
+
+
+@triton.jit(do_not_specialize=["rows", "max_blocks"], do_not_specialize_on_alignment=_UNALIGNED)
 def _tree_attention_kernel(
     query,  # [rows, KV_HEADS * GROUP, HEAD_DIM]
     keys,  # [slots, KV_HEADS, HEAD_DIM]
@@ -169,7 +173,7 @@ def _tree_attention_kernel(
     LEAST_SPLIT: tl.constexpr,  # a multiple of TILE_KEYS
     DOUBLINGS: tl.constexpr,
     PARTS: tl.constexpr,
-    JOINED: tl.constexpr,  # whether there are several splits, which _join_splits_kernel joins
+    JOINED: tl.constexpr,  # whether there may be several splits, which _join_splits_kernel joins
 ):
     first = tl.program_id(0) * TILE_ROWS
     kv_head = tl.program_id(1)
@@ -252,7 +256,7 @@ def _tree_attention_kernel(
         tl.store(out + place, accumulator.to(out.dtype.element_ty), mask=place_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "max_splits"])
+@triton.jit(do_not_specialize=["rows", "max_splits"], do_not_specialize_on_alignment=["prefix_lengths", "masks"])
 def _join_splits_kernel(
     partial,  # float32 [splits, rows, heads, HEAD_DIM]
     maxima,  # float32 [splits, rows, heads]
@@ -328,12 +332,14 @@ def tree_attention(
     group_padded = power_of_two(heads // kv_heads)
     tile_lines = max(MIN_DOT, tiling.tile_rows * group_padded)
     splits = tiling.splits.most_splits(max_blocks * block_size, masks.shape[1])
+    # Also a short context's only split, where longer ones have several: one program for both.
+    joined = splits > 1 or tiling.splits.doublings > 0
     split_rule = {
         "LEAST_SPLIT": tiling.splits.least,
         "DOUBLINGS": tiling.splits.doublings,
         "PARTS": tiling.splits.parts,
     }
-    if splits == 1:
+    if not joined:
         partial = maxima = sums = out
     else:
         partial = torch.empty(splits, rows, heads, head_dim, dtype=torch.float32, device=query.device)
@@ -362,13 +368,13 @@ def tree_attention(
         TILE_ROWS=tiling.tile_rows,
         TILE_M=tile_lines,
         TILE_KEYS=tiling.tile_keys,
-        JOINED=splits > 1,
+        JOINED=joined,
         num_warps=warps(tile_lines),
         num_stages=stages(query.element_size()),
         **split_rule,
         **COMPILER_OPTIONS,
     )
-    if splits > 1:
+    if joined:
         _join_splits_kernel[(rows, heads)](
             partial,
             maxima,

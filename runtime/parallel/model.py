@@ -172,7 +172,7 @@ class LeadingModel:
     def new_cache(self, memory_fraction: float, max_sequences: int, blocks: int = 0) -> KVCache:
         return self._own.new_cache(memory_fraction, max_sequences, blocks)
 
-    def prepare_steps(self, sequences: int, rows: int) -> int:
+    def prepare_steps(self, sequences: int) -> int:
         """See StepModel.prepare_steps; the steps of a group are not captured."""
         return 0
 

@@ -12,7 +12,7 @@ from runtime.batch import Segment
 from runtime.kv_cache import CacheFull, KVCache, slot
 from runtime.step_graph import Capture
 from runtime.transformer import Transformer
-from services.speculator.graph_growth import PREPARED_LEVELS, GrowthGraphs
+from services.speculator.graph_growth import GrowthGraphs
 from services.speculator.level_growth import grow_by_level, root_logits
 from services.speculator.native_growth import child_rule, grow_natively
 from services.speculator.session import DrafterSettings, DraftOrder, Session, SessionKey
@@ -50,7 +50,7 @@ class Drafter:
         """
         if self._graphs is None:
             return 0
-        return self.model.prepare_steps(sequences, 1 + max(PREPARED_LEVELS)) + self._graphs.prepare(sequences)
+        return self.model.prepare_steps(sequences) + self._graphs.prepare(sequences)
 
     def __contains__(self, key: SessionKey) -> bool:
         return key in self._sessions

@@ -181,7 +181,7 @@ def _load(settings: VerifierSettings, group: Group | None) -> LoadedModel[StepMo
     loaded = LoadedModel.load(
         settings.llm, load, settings.kv_memory, settings.max_sequences, settings.kv_blocks, settings.model_name
     )
-    loaded.capture(lambda: loaded.model.prepare_steps(settings.max_sequences, 1 + _most_nodes(settings, loaded)))
+    loaded.capture(lambda: loaded.model.prepare_steps(settings.max_sequences))
     return loaded
 
 

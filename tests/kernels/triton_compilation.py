@@ -114,6 +114,14 @@ def test_what_changes_from_step_to_step_is_not_compiled_for() -> None:
     }
     for kernel, names in varying.items():
         assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize} == names
+    views = {
+        attention._tree_attention_kernel: {"block_tables", "row_sequences", "prefix_lengths", "masks"},
+        attention._join_splits_kernel: {"prefix_lengths", "masks"},
+        compaction._kv_compaction_kernel: {"sources", "targets"},
+        write._rotated_write_kernel: {"slots"},
+    }
+    for kernel, names in views.items():
+        assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment} == names
 
 
 def test_the_small_kernels_compile() -> None:

@@ -138,12 +138,12 @@ def test_buckets_follow_rows_closely_and_the_rest_loosely() -> None:
     assert bucket(3, 3, 1025, 1, 2000) == StepShape(4, 4, 2000, 1)
 
 
-def test_no_decoding_step_behind_a_short_context_captures_once_all_are_prepared(folder: Path) -> None:
+def test_no_step_behind_a_short_context_captures_once_all_are_prepared(folder: Path) -> None:
     model = load(folder, "native")
     cache = KVCache(model.config, 64, model.device, model.activation_dtype)
     capture = Recorded()
     graphs = StepGraphs(model, cache, capture)
-    shapes = graphs.prepare(sequences=6, rows=9)
+    shapes = graphs.prepare(sequences=6)
     assert capture.captures == shapes == len(set(graphs.shapes))
     assert not cache.data[:, :, : cache.scratch_slot].any(), "captures write to the scratch slot alone"
     sequences = [CachedSequence() for _ in range(6)]
@@ -156,6 +156,10 @@ def test_no_decoding_step_behind_a_short_context_captures_once_all_are_prepared(
             shape = graphs.shape_of(segments)
             assert shape is not None
             graphs.step(shape, segments, [0])
+    long = Segment.chain(sequences[0], [1] * 40, 5)
+    shape = graphs.shape_of([long])
+    assert shape is not None
+    graphs.step(shape, [long], [39])
     assert capture.captures == shapes
 
 
