@@ -75,7 +75,7 @@ def random_rules(sizes: Sizes, chance: random.Random) -> TreeRules:
         ]
     ).long()
     floor, temperature, scale = torch.tensor(
-        [any_of(-math.inf, math.log(0.02), math.log(0.2)), any_of(0.8, 1e-20, 1.3), any_of(0.4, 0.01, 2.0)],
+        [any_of(-math.inf, math.log(0.02), math.log(0.2)), any_of(0.75, 2.0**-66, 1.25), any_of(0.4, 0.01, 2.0)],
         dtype=torch.float64,
     )
     seeds = [chance.randrange(2**64) for _ in range(sizes.trees)]
@@ -147,7 +147,7 @@ def test_levels_equal_those_of_torch(sizes: Sizes) -> None:
     trees = Trees.roots(sizes.trees, sizes.kept, sizes.words, torch.device(DEVICE))
     for level in range(sizes.levels):
         logits = 3 * torch.randn(sizes.trees, trees.frontier.slots.shape[1], sizes.vocab, generator=generator)
-        expected.extend(logits)
+        expected.extend(logits.double())  # rounded less, so that nearly equal nodes stand in their order
         trees = grow_level(logits.to(DEVICE), own_rules, own_places, trees, sizes.largest_tile)
         assert trees.level == level + 1
         assert_same_trees(trees, expected)
