@@ -329,6 +329,8 @@ def grow_level(
         raise ValueError(f"{vocab} tokens; at most {MAX_VOCAB} can be told apart")
     if kept > MAX_KEPT:
         raise ValueError(f"trees of {kept} nodes; they may have at most {MAX_KEPT}")
+    if rules.noise_keys is not None and trees.level >= rules.noise_keys.shape[1]:
+        raise ValueError(f"noise_keys of {rules.noise_keys.shape[1]} levels; level {trees.level} has none")
     token_ids, confidences = _children(logits, rules, trees, largest_tile)
     ranked, rows = _keep(token_ids, confidences, rules, trees)
     return _advance(ranked, rows, rules, places)

@@ -228,6 +228,9 @@ def test_what_is_too_large_or_does_not_fit_is_refused() -> None:
         grow_level(torch.zeros(1, 1, 9, device=DEVICE, dtype=torch.float16), rules, places, trees)
     with pytest.raises(ValueError, match="logits has shape"):
         grow_level(torch.zeros(1, 2, 9, device=DEVICE), rules, places, trees)
+    noisy = replace(rules, noise_keys=rules.nodes[:, None], noisy=rules.nodes)
+    with pytest.raises(ValueError, match="level 1 has none"):
+        grow_level(torch.zeros(1, 1, 9, device=DEVICE), noisy, places, replace(trees, level=1))
     with pytest.raises(ValueError, match="come together"):
         TreeRules(rules.nodes, rules.depth, rules.floor, rules.temperature, rules.scale, rules.nodes[:, None], None, 2)
     with pytest.raises(ValueError, match="beam is 0"):
