@@ -21,6 +21,8 @@ MAX_ROWS = 256
 MIN_BLOCKS = 64
 MASK_WORDS = (1, -(-SCRATCH_ENTRIES // 64))
 
+_CPU = torch.device("cpu")
+
 Compute = Callable[[], None]
 Capture = Callable[[Compute], Compute]
 """Given a computation on static buffers, what repeats it."""
@@ -101,7 +103,9 @@ class StaticBatch:
         size = shape.rows * (4 + shape.words) + (small + 1) // 2
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
-        self._host_batch, self._host_wanted = _views(self._host, shape)
+        host_batch, host_wanted = _views(self._host, shape)
+        self._host_batch = {name: tensor.numpy() for name, tensor in vars(host_batch).items()}
+        self._host_wanted = host_wanted.numpy()
         self.batch, self.wanted = _views(self._device, shape)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
@@ -110,20 +114,20 @@ class StaticBatch:
         if self._copied is not None:
             self._copied.synchronize()  # the last copy may still be reading the host's buffer
         host, rows = self._host_batch, 0
-        host.row_sequences.zero_()
+        host["row_sequences"].fill(0)
         if segments:
-            given = FlatBatch.of(segments, torch.device("cpu"))
-            rows, (sequences, blocks) = len(given.token_ids), given.block_tables.shape
+            given = {name: tensor.numpy() for name, tensor in vars(FlatBatch.of(segments, _CPU)).items()}
+            (rows, words), (sequences, blocks) = given["masks"].shape, given["block_tables"].shape
             for name in ("token_ids", "positions", "slots", "row_sequences", "prefix_lengths"):
-                getattr(host, name)[:rows] = getattr(given, name)
-            host.masks[:rows, : given.masks.shape[1]] = given.masks
-            host.masks[:rows, given.masks.shape[1] :] = 0
-            host.block_tables[:sequences, :blocks] = given.block_tables
-            host.row_sequences[rows:] = sequences - 1
-        for tensor in (host.token_ids, host.positions, host.prefix_lengths, host.masks):
-            tensor[rows:] = 0
-        host.slots[rows:] = self._scratch_slot
-        self._host_wanted[: len(wanted)] = torch.tensor(wanted, dtype=torch.int64)
+                host[name][:rows] = given[name]
+            host["masks"][:rows, :words] = given["masks"]
+            host["masks"][:rows, words:] = 0
+            host["block_tables"][:sequences, :blocks] = given["block_tables"]
+            host["row_sequences"][rows:] = sequences - 1
+        for name in ("token_ids", "positions", "prefix_lengths", "masks"):
+            host[name][rows:] = 0
+        host["slots"][rows:] = self._scratch_slot
+        self._host_wanted[: len(wanted)] = wanted
         self._host_wanted[len(wanted) :] = 0
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:

@@ -36,7 +36,8 @@ def gumbel_noise(
 
 def gumbel_keys(seed: int, positions: Iterable[int]) -> list[int]:
     """What the noise of each position follows from, int64."""
-    return [_signed(_key(seed, _GUMBEL_DOMAIN, position)) for position in positions]
+    start = _start(seed, _GUMBEL_DOMAIN)
+    return [_signed(_mix(start + position * _GAMMA)) for position in positions]
 
 
 def gumbel_noise_of(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -53,7 +54,7 @@ def uniform(seed: int, position: int, stream: int, count: int) -> list[float]:
 
     They are independent of the Gumbel noise of the same seed.
     """
-    key = _mix(_key(seed, _UNIFORM_DOMAIN, position) ^ _mix(stream % _WORD))
+    key = _mix(_mix(_start(seed, _UNIFORM_DOMAIN) + position * _GAMMA) ^ _mix(stream % _WORD))
     return [((_mix(key + (i + 1) * _GAMMA) >> 12) + 0.5) * 2.0**-52 for i in range(count)]
 
 
@@ -62,8 +63,9 @@ def derive_seed(seed: int, choice_index: int) -> int:
     return seed if choice_index == 0 else _mix(_mix(seed) + choice_index * _GAMMA)
 
 
-def _key(seed: int, domain: int, position: int) -> int:
-    return _mix(_mix(_mix(seed % _WORD) ^ domain) + position * _GAMMA)
+def _start(seed: int, domain: int) -> int:
+    """What the keys of all positions of a seed have in common."""
+    return _mix(_mix(seed % _WORD) ^ domain)
 
 
 def _mix(word: int) -> int:

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import check_tensor
-from kernels.tree_attention.tiling import power_of_two
 from kernels.tree_growth.levels import CachePlaces, FrontierRows, TreeRules, Trees
 
 TOKEN_BITS = 20
@@ -97,11 +96,9 @@ def _tile_kernel(
     energy = _energies(logits, row, tree, vocab, token, inside, temperature, noise_keys, noisy, levels, level, NOISY)
     place = row * tl.num_programs(1) + tile
     top = tl.max(energy, axis=0)
-    share = tl.exp(
-        ((energy - tl.where(top == -float("inf"), 0.0, top)) * _sharpness(temperature, scale, tree)).to(tl.float32)
-    )
+    below = (energy - tl.where(top == -float("inf"), 0.0, top)) * _sharpness(temperature, scale, tree)
     tl.store(maxima + place, top)
-    tl.store(sums + place, tl.sum(share, axis=0))
+    tl.store(sums + place, tl.sum(tl.exp(below.to(tl.float32)), axis=0))
     # Integers in the order of the energies, whose lowest bits make room for the token: of equal ones the first wins.
     bits = energy.to(tl.int64, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ _HIGHEST, bits)
@@ -332,6 +329,8 @@ def grow_level(
         raise ValueError(f"{vocab} tokens; at most {MAX_VOCAB} can be told apart")
     if kept > MAX_KEPT:
         raise ValueError(f"trees of {kept} nodes; they may have at most {MAX_KEPT}")
+    if rules.noise_keys is not None and trees.level >= rules.noise_keys.shape[1]:
+        raise ValueError(f"noise_keys of {rules.noise_keys.shape[1]} levels; level {trees.level} has none")
     token_ids, confidences = _children(logits, rules, trees, largest_tile)
     ranked, rows = _keep(token_ids, confidences, rules, trees)
     return _advance(ranked, rows, rules, places)
@@ -339,8 +338,9 @@ def grow_level(
 
 def tile_of(vocab: int, best: int, largest: int = MAX_TILE) -> int:
     """Tokens of a tile, a power of two: as few as leave the best of all tiles to one chunk, within the bounds."""
-    wanted = max(MIN_TILE, power_of_two(-(-vocab * best // MAX_TILE)))
-    return max(best, min(wanted, largest, power_of_two(vocab)))
+    whole: int = triton.next_power_of_2(vocab)
+    wanted: int = max(MIN_TILE, triton.next_power_of_2(triton.cdiv(vocab * best, MAX_TILE)))
+    return max(best, min(wanted, largest, whole))
 
 
 def _children(
@@ -349,10 +349,10 @@ def _children(
     """Tokens and confidences [S, W, children] of the best children of each node of the frontier."""
     count, width, vocab = logits.shape
     children = min(trees.confidences.shape[1], vocab)
-    best = max(2, power_of_two(children))
+    best = max(2, triton.next_power_of_2(children))
     tile = tile_of(vocab, best, largest_tile)
     tiles = triton.cdiv(vocab, tile)
-    chunk = max(best, min(largest_tile, power_of_two(tiles * best)))
+    chunk = max(best, min(largest_tile, triton.next_power_of_2(tiles * best)))
     keys = logits.new_empty(count * width, tiles, best, dtype=torch.int64)
     maxima = logits.new_empty(count * width, tiles, dtype=torch.float64)
     sums = logits.new_empty(count * width, tiles)
@@ -379,7 +379,7 @@ def _children(
         NOISY=noisy,
         BEST=best,
         TILES=tiles,
-        TILES_PADDED=power_of_two(tiles),
+        TILES_PADDED=triton.next_power_of_2(tiles),
         CHUNK=chunk,
         **compiler_options(chunk),
     )
@@ -414,7 +414,7 @@ def _keep(
         children,
         RANKED=RANKED,
         COMPARED=COMPARED,
-        **compiler_options(RANKED * COMPARED // 4),
+        **compiler_options(RANKED * COMPARED),
     )
     return Trees(ranked, tokens, parents, slots, trees.frontier, trees.level), rows
 
@@ -458,8 +458,8 @@ def _advance(trees: Trees, rows: torch.Tensor, rules: TreeRules, places: CachePl
         trees.level + 1,
         BLOCK_SIZE=places.block_size,
         WORDS=words,
-        KEPT_PADDED=power_of_two(kept),
-        BEAM_PADDED=power_of_two(beam),
+        KEPT_PADDED=triton.next_power_of_2(kept),
+        BEAM_PADDED=triton.next_power_of_2(beam),
         **compiler_options(MIN_TILE),
     )
     return replace(trees, frontier=frontier, level=trees.level + 1)

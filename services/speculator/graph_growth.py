@@ -10,7 +10,7 @@ from itertools import product
 import torch
 
 from kernels.draft_loop.native import ChildRule
-from kernels.tree_growth.levels import CachePlaces, FrontierRows, GrowLevel, TreeRules, Trees
+from kernels.tree_growth.levels import CachePlaces, GrowLevel, TreeRules, Trees
 from runtime.batch import FlatBatch
 from runtime.kv_cache import BLOCK_SIZE, KVCache, longest_sequence_blocks
 from runtime.step_graph import MASK_WORDS, MAX_ROWS, MIN_BLOCKS, Capture, Compute, StepComputer, power_of_four
@@ -119,8 +119,9 @@ class _StaticGrowth:
         numbers = count * (4 + shape.depth) + 3 * count + (count * shape.blocks + 1) // 2
         self._host = torch.zeros(numbers, dtype=torch.int64, pin_memory=cuda)
         self._device = torch.zeros(numbers, dtype=torch.int64, device=device)
-        self._given = _Given.of(self._host, shape)
-        self._given.real[1:].fill_(1)  # temperatures and scales of what pads
+        given = _Given.of(self._host, shape)
+        given.real[1:].fill_(1)  # temperatures and scales of what pads
+        self._given = given.whole.numpy(), given.noise_keys.numpy(), given.real.numpy(), given.tables.numpy()
         self._device.copy_(self._host)
         self._input = _Given.of(self._device, shape)
         self._root_logits = torch.zeros(count, model.config.vocab_size, device=device)
@@ -132,30 +133,25 @@ class _StaticGrowth:
 
     def fill(self, growing: Sequence[Growing], floor: float, root_logits: torch.Tensor) -> None:
         """Copy what is wanted to the device, in the order of its stream. The last results have been read."""
-        given, count = self._given, len(growing)
-        given.whole.zero_()  # what pads has no tree
+        whole, keys, real, tables = self._given
+        count = len(growing)
+        whole.fill(0)  # what pads has no tree
         sessions, orders, rules = zip(*growing, strict=True)
-        given.whole[:, :count] = torch.tensor(
-            [
-                [len(session.tokens) - 1 for session in sessions],
-                [order.nodes for order in orders],
-                [order.depth for order in orders],
-                [rule.noise_seed is not None for rule in rules],
-            ]
-        )
+        whole[:, :count] = [
+            [len(session.tokens) - 1 for session in sessions],
+            [order.nodes for order in orders],
+            [order.depth for order in orders],
+            [rule.noise_seed is not None for rule in rules],
+        ]
         least = [max(floor, order.min_confidence) for order in orders]
-        given.real[:, :count] = torch.tensor(
-            [
-                [math.log(value) if value > 0 else -math.inf for value in least],
-                [max(rule.temperature, SMALLEST_TEMPERATURE) for rule in rules],
-                [rule.scale for rule in rules],
-            ],
-            dtype=torch.float64,
-        )
-        given.noise_keys[:count] = torch.tensor([self._keys(session, rule) for session, _, rule in growing])
-        widest = max(len(session.cache.blocks) for session in sessions)
-        tables = [session.cache.blocks + [0] * (widest - len(session.cache.blocks)) for session in sessions]
-        given.tables[:count, :widest] = torch.tensor(tables, dtype=torch.int32)
+        real[:, :count] = [
+            [math.log(value) if value > 0 else -math.inf for value in least],
+            [max(rule.temperature, SMALLEST_TEMPERATURE) for rule in rules],
+            [rule.scale for rule in rules],
+        ]
+        keys[:count] = [self._keys(session, rule) for session, _, rule in growing]
+        for row, session in enumerate(sessions):
+            tables[row, : len(session.cache.blocks)] = session.cache.blocks
         self._device.copy_(self._host, non_blocking=True)
         self._root_logits[:count].copy_(root_logits)
 
@@ -175,7 +171,11 @@ class _StaticGrowth:
     def _grown(self, grow_level: GrowLevel) -> Trees:
         trees = grow_level(self._root_logits[:, None], self._rules, self._places, self._roots)
         for _ in range(1, self._shape.depth):
-            trees = grow_level(self._logits(trees.frontier), self._rules, self._places, trees)
+            rows = trees.frontier
+            logits = self._logits(
+                rows.token_ids, rows.positions, rows.cache_slots, rows.prefix_lengths, rows.masks.flatten(0, 1)
+            )
+            trees = grow_level(logits, self._rules, self._places, trees)
         return trees
 
     def _grown_in_torch(self) -> BatchGrowth:
@@ -187,34 +187,34 @@ class _StaticGrowth:
         growth = BatchGrowth(own, self._shape.nodes, self._beam, self._words)
         growth.extend(self._root_logits[:, None])
         for level in range(1, self._shape.depth):
-            growth.extend(self._logits(self._rows(growth.frontier, level)))
+            growth.extend(self._logits(*self._rows(growth.frontier, level)))
         return growth
 
-    def _rows(self, frontier: Frontier, level: int) -> FrontierRows:
+    def _rows(self, frontier: Frontier, level: int) -> tuple[torch.Tensor, ...]:
+        """Token ids, positions, slots in the cache, prefix lengths and masks, as `FrontierRows` has them."""
         active, lengths = frontier.active, self._places.lengths[:, None]
         entries = lengths + frontier.slots
         blocks = self._places.block_tables.gather(1, (entries // BLOCK_SIZE).clamp(0, self._shape.blocks - 1))
         slots = torch.where(active, blocks * BLOCK_SIZE + entries % BLOCK_SIZE, self._places.scratch_slot)
-        return FrontierRows(
-            confidences=frontier.confidences.masked_fill(~active, -torch.inf),
-            slots=frontier.slots,
-            masks=frontier.masks.masked_fill(~active[:, :, None], 0),
-            token_ids=torch.where(active, frontier.token_ids, 0).flatten(),
-            positions=torch.where(active, lengths + level, 0).flatten(),
-            cache_slots=slots.flatten(),
-            prefix_lengths=torch.where(active, lengths, 0).int().flatten(),
+        return (
+            torch.where(active, frontier.token_ids, 0).flatten(),
+            torch.where(active, lengths + level, 0).flatten(),
+            slots.flatten(),
+            torch.where(active, lengths, 0).int().flatten(),
+            frontier.masks.masked_fill(~active[:, :, None], 0).flatten(0, 1),
         )
 
-    def _logits(self, rows: FrontierRows) -> torch.Tensor:
-        """float32 [sequences, beam, vocab]."""
+    def _logits(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        masks: torch.Tensor,
+    ) -> torch.Tensor:
+        """float32 [sequences, beam, vocab] behind the rows of a frontier."""
         batch = FlatBatch(
-            token_ids=rows.token_ids,
-            positions=rows.positions,
-            slots=rows.cache_slots,
-            row_sequences=self._row_sequences,
-            prefix_lengths=rows.prefix_lengths,
-            masks=rows.masks.flatten(0, 1),
-            block_tables=self._places.block_tables,
+            token_ids, positions, slots, self._row_sequences, prefix_lengths, masks, self._places.block_tables
         )
         logits = self._model.logits(self._model.forward(batch, self._cache))
         return logits.view(self._shape.sequences, self._beam, -1)
@@ -249,7 +249,7 @@ class _Given:
 
     whole: int64 [4, sequences], entries before the root, most nodes, most depth, whether there is noise.
     noise_keys: int64 [sequences, depth]. real: float64 [3, sequences], floor, temperature, scale.
-    tables: int32 [sequences, blocks].
+    tables: int32 [sequences, blocks]; what stands behind a sequence's own blocks means nothing.
     """
 
     whole: torch.Tensor

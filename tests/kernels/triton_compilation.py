@@ -171,7 +171,7 @@ def test_tree_growth_compiles_and_fits(kept: int, vocab: int, capability: int, t
     for kernel, constants, size in (
         (growth._tile_kernel, {"NOISY": 1, "TILE": tile, "BEST": kept}, tile),
         (growth._children_kernel, children, chunk),
-        (growth._keep_kernel, {"RANKED": growth.RANKED, "COMPARED": growth.COMPARED}, growth.MIN_TILE),
+        (growth._keep_kernel, {"RANKED": growth.RANKED, "COMPARED": growth.COMPARED}, 4096),
         (growth._frontier_kernel, frontier, growth.MIN_TILE),
     ):
         own = {name: types[name] for name in kernel.arg_names if name in types}
