@@ -31,6 +31,7 @@ class Target:
 
 _PORTABLE = {
     "x86_64": (
+        Target("x86-64-v4+avx512bf16+amx-tile+amx-bf16", _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"}),
         Target("x86-64-v4+avx512bf16", _V4 | {"avx512_bf16"}),
         Target("x86-64-v4", _V4),
         Target("x86-64-v3", _V3),

@@ -55,6 +55,8 @@ std::int32_t specserve_get_threads() {
   return state->pool->threads();
 }
 
+std::int32_t specserve_multiplies_in_tiles() { return multiplies_in_tiles(); }
+
 std::int64_t specserve_packed_words(std::int32_t storage, std::int32_t gated, std::int64_t inputs,
                                     std::int64_t outputs) {
   return packed_words(static_cast<Storage>(storage), gated != 0, inputs, outputs);

@@ -19,7 +19,7 @@ constexpr int kTwoBlockRows = kTileRows / 2;
 // cache while all rows pass over it. A multiple of every number of inputs in a word.
 constexpr std::int64_t kDepth = 512;
 // Words of a block that are fetched into the L2 cache ahead of their use, and the bytes of a cache line.
-constexpr std::int64_t kPrefetch = 1024;
+constexpr std::int64_t kPrefetch = 1024, kTilePrefetch = 2048;
 constexpr std::int64_t kCacheLine = 64;
 // Rows that one item of work takes together, and the least multiply-adds that are worth an item.
 constexpr std::int64_t kItemRows = 96;
@@ -30,6 +30,7 @@ constexpr int inputs_in_word(Storage storage) {
 }
 
 std::int64_t words_for(Storage storage, std::int64_t inputs) {
+  if (in_pairs(storage)) return row_stride(storage, inputs);
   const int n = inputs_in_word(storage);
   return (inputs + n - 1) / n;
 }
@@ -153,7 +154,7 @@ struct Product {
   template <Storage kStorage>
   Tile<kStorage> tile(const Element<kStorage>* x, std::int64_t row, std::int64_t block, std::int64_t blocks_together,
                       std::int64_t k, std::int64_t depth, std::int64_t tiles, std::int64_t turn) const {
-    const std::int64_t stride = elements_for(kStorage, weights.inputs), block_stride = words * kBlock;
+    const std::int64_t stride = row_stride(kStorage, weights.inputs), block_stride = words * kBlock;
     const std::int64_t begin = k / inputs_in_word(kStorage) * kBlock;
     // one tile reads on and on; several come back to a part of a block that should be there before they begin
     const bool last = k + depth == weights.inputs;
@@ -186,6 +187,26 @@ void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t 
     for (std::int64_t row = 0; row < rows; ++row) finish(first + row, block + b, totals + (row * blocks + b) * kBlock);
 }
 
+#if SPECSERVE_MATRIX_TILES
+// One block times rows first..first+rows, as multiply_blocks.
+template <class Finish>
+void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int64_t first, std::int64_t rows,
+                             std::int64_t block, const Finish& finish) {
+  static_assert(kBlock == 2 * kTileSide && kItemRows % (2 * kTileSide) == 0);
+  alignas(64) float totals[kItemRows * kBlock];
+  const std::uint32_t* packed = p.weights.packed + block * p.words * kBlock;
+  for (std::int64_t begin = 0; begin < rows; begin += 2 * kTileSide) {
+    const std::uint32_t* tile = x + (first + begin) * p.words;
+    const std::int64_t ahead = begin == 0 ? kTilePrefetch : 0;
+    if (rows - begin > kTileSide)
+      multiply_matrix_tiles<true>(tile, p.words, packed, ahead, totals + begin * kBlock);
+    else
+      multiply_matrix_tiles<false>(tile, p.words, packed, ahead, totals + begin * kBlock);
+  }
+  for (std::int64_t row = 0; row < rows; ++row) finish(first + row, block, totals + row * kBlock);
+}
+#endif
+
 // How a product is cut into items: so many blocks of so many rows.
 struct Cut {
   std::int64_t row_items, block_items, item_blocks;
@@ -210,12 +231,23 @@ template <Storage kStorage, class Finish, class Next>
 void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Finish& finish, const Next& next) {
   const Cut cut(p, multiple, pool.threads());
   const PreparedRows<kStorage> rows(pool, p.input, p.weights.inputs);
-  const auto prepare = [&](int) { return rows.get(); };
+  const auto prepare = [&](int) {
+    if (in_tiles(kStorage)) shape_matrix_tiles();
+    return rows.get();
+  };
   pool.parallel_for(static_cast<int>(cut.row_items * cut.block_items), prepare, [&](const auto* x, int item) {
     const std::int64_t part = item / cut.block_items, first = part * p.input.rows / cut.row_items;
     const std::int64_t end = (part + 1) * p.input.rows / cut.row_items;
     const std::int64_t block = item % cut.block_items * cut.item_blocks;
     const std::int64_t block_end = std::min(block + cut.item_blocks, p.blocks);
+#if SPECSERVE_MATRIX_TILES
+    if constexpr (in_pairs(kStorage))
+      if (in_tiles(kStorage)) {
+        for (std::int64_t b = block; b < block_end; ++b)
+          multiply_block_in_tiles(p, x, first, end - first, b, finish);
+        return next(first, end, block, block_end);
+      }
+#endif
     for (std::int64_t b = block; b < block_end; b += cut.together)
       multiply_blocks<kStorage>(p, x, first, end - first, b, std::min(cut.together, block_end - b), finish);
     next(first, end, block, block_end);
@@ -263,6 +295,8 @@ void pack(const Weight* weight, Storage storage, bool gated, std::int64_t inputs
 }
 
 }  // namespace
+
+bool multiplies_in_tiles() { return in_tiles(Storage::kBFloat16); }
 
 std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs) {
   return blocks_for(gated, outputs) * words_for(storage, inputs) * kBlock;

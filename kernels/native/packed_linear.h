@@ -16,7 +16,7 @@ enum class Storage : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, k
 constexpr int kBlock = 2 * kLanes;
 
 // The packed matrix is [ceil(outputs / kBlock)][ceil(inputs / n)][kBlock] words of four bytes, zeros where there is no
-// output or input. A word holds n inputs of one output, the first in its lowest bits: n is 1, 2, 2 or 4 by storage.
+// output or input; a library that is built for tiles pads the words of bf16 weights to whole ones. A word holds n inputs of one output, the first in its lowest bits: n is 1, 2, 2 or 4 by storage.
 // A gated matrix of 2 m outputs is packed as ceil(m / kLanes) blocks of kLanes gates and their kLanes partners.
 //
 // Mirrored by a ctypes structure: the order and the types of the fields are shared.
@@ -28,6 +28,9 @@ struct LinearWeights {
   std::int64_t outputs;
   Storage storage;
 };
+
+// Whether bf16 weights are multiplied by whole tiles. The same throughout a process.
+bool multiplies_in_tiles();
 
 std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs);
 
@@ -54,9 +57,10 @@ struct OutputUse {
 // out [rows, outputs] = (x [rows, inputs] weightᵀ) scales + bias + residual (each of the three may be null).
 //
 // Output (r, o) is the chain fma(x[r][k], w[o][k], ·) over k = 0, 1, 2, ...; with bf16 weights x is first rounded to bf16,
-// and the order is k = 1, 0, 3, 2, ..., that of the instructions which multiply such numbers. A row's bits do not depend
-// on the other rows, on the number of threads, on which thread computes it, on whether the machine has those
-// instructions, or, bf16 aside, on the storage of a weight that both can represent.
+// and the order is k = 1, 0, 3, 2, ..., that of the instructions which multiply such numbers, or, where these are
+// multiplied by tiles, that of `multiply_matrix_tiles`. A row's bits do not depend on the other rows, on the number of
+// threads, on which thread computes it, on which instructions the machine has but for tiles, or, bf16 aside, on the
+// storage of a weight that both can represent.
 void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, const float* residual,
                    float* out, const OutputUse& next = {});
 

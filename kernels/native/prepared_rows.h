@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "buffer.h"
+#include "matrix_tiles.h"
 #include "packed_linear.h"
 #include "rms_norm.h"
 #include "simd.h"
@@ -25,6 +26,15 @@ using Element = std::conditional_t<in_pairs(kStorage), std::uint32_t, float>;
 
 constexpr std::int64_t elements_for(Storage storage, std::int64_t inputs) {
   return in_pairs(storage) ? (inputs + 1) / 2 : inputs;
+}
+
+// Whether rows are multiplied by whole matrix tiles. The same throughout a process.
+inline bool in_tiles(Storage storage) { return kMatrixTiles && in_pairs(storage) && matrix_tiles_allowed(); }
+
+// Elements from one row to the next; those behind its inputs are zero. A library built for tiles has room for whole ones.
+constexpr std::int64_t row_stride(Storage storage, std::int64_t inputs) {
+  const std::int64_t elements = elements_for(storage, inputs);
+  return kMatrixTiles && in_pairs(storage) ? (elements + kTileSide - 1) / kTileSide * kTileSide : elements;
 }
 
 inline void round_row(const float* x, std::int64_t size, float* rounded) {
@@ -57,6 +67,7 @@ void prepare_row(const LinearInput& input, std::int64_t row, std::int64_t size, 
       x = normed;
     }
     round_row(x, size, prepared);
+    std::fill(prepared + elements_for(kStorage, size), prepared + row_stride(kStorage, size), Element<kStorage>{});
   } else {
     norm_row(x, input.norm, input.norm_eps, size, prepared);
   }
@@ -68,10 +79,10 @@ template <Storage kStorage>
 class PreparedRows {
  public:
   PreparedRows(ThreadPool& pool, const LinearInput& input, std::int64_t size) : input_(input), size_(size) {
-    const std::int64_t stride = elements_for(kStorage, size);
+    const std::int64_t stride = row_stride(kStorage, size);
     if (!needed() || input.rows * size <= kOwnRows) return;
     thread_local BufferOf<Element<kStorage>> shared;
-    Element<kStorage>* rows = shared.get(input.rows * stride);
+    Element<kStorage>* rows = shared.get(padded_rows() * stride);
     const std::int64_t chunk = std::max<std::int64_t>(1, kOwnRows / size);
     pool.parallel_for(static_cast<int>((input.rows + chunk - 1) / chunk), [&](int item) {
       for (std::int64_t row = item * chunk; row < std::min(input.rows, (item + 1) * chunk); ++row)
@@ -84,15 +95,17 @@ class PreparedRows {
     if (shared_) return shared_;
     if constexpr (kStorage != Storage::kBFloat16)
       if (!input_.norm) return input_.x;
-    const std::int64_t stride = elements_for(kStorage, size_);
+    const std::int64_t stride = row_stride(kStorage, size_);
     thread_local BufferOf<Element<kStorage>> own;
-    Element<kStorage>* rows = own.get(input_.rows * stride);
+    Element<kStorage>* rows = own.get(padded_rows() * stride);
     for (std::int64_t row = 0; row < input_.rows; ++row)
       prepare_row<kStorage>(input_, row, size_, rows + row * stride);
     return rows;
   }
 
  private:
+  // A tile that begins at the last row is read to its end, whatever stands there.
+  std::int64_t padded_rows() const { return input_.rows + (kMatrixTiles && in_pairs(kStorage) ? kTileSide - 1 : 0); }
   bool needed() const { return kStorage == Storage::kBFloat16 || input_.norm; }
 
   const LinearInput& input_;

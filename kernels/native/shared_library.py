@@ -23,6 +23,7 @@ from kernels.native.structures import (
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "specserve_set_threads": (None, [c_int32]),
     "specserve_get_threads": (c_int32, []),
+    "specserve_multiplies_in_tiles": (c_int32, []),
     "specserve_packed_words": (c_int64, [c_int32, c_int32, c_int64, c_int64]),
     "specserve_pack_linear": (None, [c_void_p, c_int32, c_int32, c_int64, c_int64, c_void_p]),
     "specserve_packed_linear": (None, [POINTER(LinearStruct), c_void_p, c_int64, c_void_p]),
@@ -131,6 +132,11 @@ def set_num_threads(threads: int) -> None:
     if threads < 1:
         raise ValueError(f"{threads} threads; at least 1 is needed")
     load().specserve_set_threads(threads)
+
+
+def multiplies_in_tiles() -> bool:
+    """Whether bfloat16 weights are multiplied by the tiles of AMX, which add in an order of their own."""
+    return bool(load().specserve_multiplies_in_tiles())
 
 
 def get_num_threads() -> int:

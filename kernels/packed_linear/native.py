@@ -16,9 +16,10 @@ from kernels.packed_linear.int8 import quantize
 class NativeLinear:
     """x float32 [rows, in] -> x weightᵀ + bias, float32 [rows, out].
 
-    bfloat16 weights multiply x rounded to bfloat16, which processors with instructions for it do twice as fast; all
-    others multiply x as it is, and weights that several of these types can represent give the same bits in each. The
-    bits of a row depend on that row and the weights alone: not on the other rows, the threads, or the instructions.
+    bfloat16 weights multiply x rounded to bfloat16, which processors with instructions for it do twice as fast, and
+    with AMX eight times; all others multiply x as it is, and weights that several of these types can represent give the
+    same bits in each. The bits of a row depend on that row and the weights alone: not on the other rows, the threads,
+    or the instructions, but for AMX, which adds in an order of its own.
 
     weight: [out, in], float32, bfloat16 or float16, copied; other types are refused.
     bias: [out], kept as float32.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
-from kernels.native import get_num_threads, set_num_threads
+from kernels.native import get_num_threads, multiplies_in_tiles, set_num_threads
 from kernels.packed_linear.int8 import quantize
 from kernels.packed_linear.native import NativeLinear
 
@@ -99,10 +101,19 @@ def test_float16_in_memory_changes_no_bit(inputs: int, outputs: int) -> None:
 def test_bfloat16_is_summed_up_in_the_order_of_its_instructions(inputs: int, outputs: int) -> None:
     torch.manual_seed(3)
     weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(9, inputs)
-    order = [k for first in range(0, inputs, 2) for k in (first + 1, first) if k < inputs]
-    sums = torch.zeros(9, outputs)
-    for k in order:  # a product of two bfloat16 numbers is exact in float32: there is one rounding, as in an fma
-        sums += x.bfloat16().float()[:, k, None] * weight.float()[None, :, k]
+
+    def chain(order: Iterable[int], sums: torch.Tensor) -> torch.Tensor:
+        for k in order:  # a product of two bfloat16 numbers is exact in float32: there is one rounding, as in an fma
+            sums = sums + x.bfloat16().float()[:, k, None] * weight.float()[None, :, k]
+        return sums
+
+    sums = nothing = torch.zeros(9, outputs)
+    if multiplies_in_tiles():
+        for first in range(0, inputs, 32):
+            end = min(first + 32, inputs)
+            sums = sums + (chain(range(first, end, 2), nothing) + chain(range(first + 1, end, 2), nothing))
+    else:
+        sums = chain([k for first in range(0, inputs, 2) for k in (first + 1, first) if k < inputs], nothing)
     assert torch.equal(NativeLinear(weight)(x), sums)
 
 

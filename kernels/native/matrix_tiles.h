@@ -1,0 +1,84 @@
+// Products of bf16 numbers by whole tiles (AMX), where machine, compiler and operating system have them.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define SPECSERVE_MATRIX_TILES 1
+#else
+#define SPECSERVE_MATRIX_TILES 0
+#endif
+
+namespace specserve {
+
+// Rows of a tile, and words of one of its rows: 16 floats, or 16 pairs of bf16.
+constexpr std::int64_t kTileSide = 16;
+
+// Whether the library was built for tiles: then rows and weights are padded to whole ones.
+constexpr bool kMatrixTiles = SPECSERVE_MATRIX_TILES != 0;
+
+#if SPECSERVE_MATRIX_TILES
+// Whether the operating system lets this process use them; asked once, which is what turns them on.
+inline bool matrix_tiles_allowed() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+
+// Makes all tiles of this thread 16 x 16 words. Anything else on the thread that uses tiles may have changed them.
+inline void shape_matrix_tiles() {
+  struct alignas(64) {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shape;
+  _tile_loadconfig(&shape);
+}
+
+// Up to 32 rows of x times the 32 outputs of one block. x: [rows padded to kTileSide][row_words] pairs, packed:
+// [row_words][32] pairs, sums: [rows padded][32]; row_words is a multiple of kTileSide.
+//
+// Each sum is c + (e + o) over groups of 32 inputs, in their order, from c = 0: e is the chain of fmas over the group's
+// even inputs, o that over its odd ones, from 0 each, as the instruction has it.
+template <bool TwoTiles>
+inline void multiply_matrix_tiles(const std::uint32_t* x, std::int64_t row_words, const std::uint32_t* packed,
+                                  std::int64_t ahead, float* sums) {
+  constexpr int kRow = 2 * kTileSide;  // outputs of a block
+  const std::int64_t stride = 4 * row_words;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (TwoTiles) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (std::int64_t word = 0; word < row_words; word += kTileSide, packed += kTileSide * kRow) {
+    for (std::int64_t line = 0; ahead && line < 2 * kTileSide; ++line)
+      __builtin_prefetch(packed + ahead + line * kTileSide, 0, 2);
+    _tile_loadd(4, x + word, stride);
+    _tile_loadd(6, packed, 4 * kRow);
+    _tile_loadd(7, packed + kTileSide, 4 * kRow);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TwoTiles) {
+      _tile_loadd(5, x + kTileSide * row_words + word, stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 4 * kRow);
+  _tile_stored(1, sums + kTileSide, 4 * kRow);
+  if constexpr (TwoTiles) {
+    _tile_stored(2, sums + kTileSide * kRow, 4 * kRow);
+    _tile_stored(3, sums + kTileSide * kRow + kTileSide, 4 * kRow);
+  }
+}
+#else
+inline bool matrix_tiles_allowed() { return false; }
+inline void shape_matrix_tiles() {}
+#endif
+
+}  // namespace specserve
