@@ -136,7 +136,7 @@ def test_no_rows_give_no_rows() -> None:
     assert triton_attention.tree_attention(*empty.arguments()).shape == (0, 4, 20)
 
 
-@pytest.mark.parametrize("shape", [SMALL[1], LARGE[2], *LONG], ids=str)
+@pytest.mark.parametrize("shape", [SMALL[1], LARGE[2], LONG[0], LONG[-1]], ids=str)
 def test_bits_of_a_row_do_not_depend_on_the_others(shape: Shape) -> None:
     """Nor on how many splits the batch's longest sequence needs. Tiles of one height: see the kernel's docstring."""
     problem = make_problem(shape).to(DEVICE)
