@@ -18,6 +18,7 @@ from kernels.rotated_write import triton as write
 from kernels.tree_attention import triton as attention
 from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, stages, warps
 from kernels.tree_attention.triton import COMPILER_OPTIONS
+from kernels.tree_growth import children as child_kernels
 from kernels.tree_growth import triton as growth
 
 AMPERE, HOPPER = 86, 90
@@ -162,19 +163,19 @@ GROWTH_TYPES = {
 @pytest.mark.parametrize(("kept", "vocab", "capability"), [(16, 4096, HOPPER), (64, 128_256, AMPERE)])
 def test_tree_growth_compiles_and_fits(kept: int, vocab: int, capability: int, tmp_path: Path) -> None:
     types = {name: kind for kind, names in GROWTH_TYPES.items() for name in names.split()}
-    tile = growth.tile_of(vocab, kept)
+    tile = child_kernels.tile_of(vocab, kept)
     tiles = -(-vocab // tile)
-    chunk = min(growth.MAX_TILE, triton.next_power_of_2(tiles * kept))
+    chunk = min(child_kernels.MAX_TILE, triton.next_power_of_2(tiles * kept))
     padded = triton.next_power_of_2(tiles)
     children = {"NOISY": 1, "BEST": kept, "TILES": tiles, "TILES_PADDED": padded, "CHUNK": chunk}
     frontier = {"BLOCK_SIZE": 16, "WORDS": 4, "KEPT_PADDED": kept, "BEAM_PADDED": 8}
     for kernel, constants, size in (
-        (growth._tile_kernel, {"NOISY": 1, "TILE": tile, "BEST": kept}, tile),
-        (growth._children_kernel, children, chunk),
+        (child_kernels._tile_kernel, {"NOISY": 1, "TILE": tile, "BEST": kept}, tile),
+        (child_kernels._children_kernel, children, chunk),
         (growth._keep_kernel, {"RANKED": growth.RANKED, "COMPARED": growth.COMPARED}, 4096),
-        (growth._frontier_kernel, frontier, growth.MIN_TILE),
+        (growth._frontier_kernel, frontier, child_kernels.MIN_TILE),
     ):
         own = {name: types[name] for name in kernel.arg_names if name in types}
-        compiled = compile_kernel(kernel, own, constants, capability, growth.compiler_options(size)["num_warps"])
+        compiled = compile_kernel(kernel, own, constants, capability, child_kernels.compiler_options(size)["num_warps"])
         assert compiled.metadata.shared <= SHARED_MEMORY[capability]
         assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED

@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernels.tree_growth import triton as triton_growth
+from kernels.tree_growth import children as child_kernels
+from kernels.tree_growth import triton as tree_kernels
+from kernels.tree_growth.children import MAX_VOCAB, tile_of
 from kernels.tree_growth.levels import CachePlaces, TreeRules, Trees
-from kernels.tree_growth.triton import MAX_KEPT, MAX_VOCAB, grow_level, tile_of
+from kernels.tree_growth.triton import MAX_KEPT, grow_level
 from speculation.batch_growth import BatchGrowth, GrowthRules
 from speculation.noise import gumbel_keys, gumbel_noise_of
 
@@ -54,10 +56,10 @@ SMALL = [
     Sizes(beam=1, kept=255, vocab=260, levels=2, noisy=False, trees=1),
 ]
 REAL = [
-    Sizes(beam=4, kept=16, vocab=4096, levels=8, noisy=True, largest_tile=triton_growth.MAX_TILE),
-    Sizes(beam=8, kept=64, vocab=32_000, levels=4, noisy=False, largest_tile=triton_growth.MAX_TILE),
-    Sizes(beam=8, kept=64, vocab=128_256, levels=4, noisy=True, largest_tile=triton_growth.MAX_TILE),
-    Sizes(beam=64, kept=255, vocab=151_936, levels=3, noisy=True, words=4, largest_tile=triton_growth.MAX_TILE),
+    Sizes(beam=4, kept=16, vocab=4096, levels=8, noisy=True, largest_tile=child_kernels.MAX_TILE),
+    Sizes(beam=8, kept=64, vocab=32_000, levels=4, noisy=False, largest_tile=child_kernels.MAX_TILE),
+    Sizes(beam=8, kept=64, vocab=128_256, levels=4, noisy=True, largest_tile=child_kernels.MAX_TILE),
+    Sizes(beam=64, kept=255, vocab=151_936, levels=3, noisy=True, words=4, largest_tile=child_kernels.MAX_TILE),
 ]
 
 
@@ -194,7 +196,7 @@ def test_tokens_without_a_probability_become_no_nodes(shift: float) -> None:
 def _store_noise(keys, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     row, token = tl.program_id(0), tl.arange(0, SIZE)
     key = tl.load(keys + row).to(tl.uint64, bitcast=True)
-    tl.store(out + row * SIZE + token, triton_growth._gumbel_noise(key, token))
+    tl.store(out + row * SIZE + token, child_kernels._gumbel_noise(key, token))
 
 
 def test_noise_is_that_of_the_other_services() -> None:
@@ -206,8 +208,9 @@ def test_noise_is_that_of_the_other_services() -> None:
 
 
 def test_the_kernels_run_where_this_file_says() -> None:
-    for name in ("_tile_kernel", "_children_kernel", "_keep_kernel", "_frontier_kernel"):
-        assert isinstance(getattr(triton_growth, name), InterpretedFunction) == INTERPRETED
+    children = child_kernels._tile_kernel, child_kernels._children_kernel
+    for kernel in (*children, tree_kernels._keep_kernel, tree_kernels._frontier_kernel):
+        assert isinstance(kernel, InterpretedFunction) == INTERPRETED
 
 
 @pytest.mark.parametrize(
