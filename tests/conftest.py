@@ -16,6 +16,16 @@ from services.launcher.redis_server import find_redis_server, redis_command
 from tests import ports
 
 REDIS_START_TIMEOUT_S = 10.0
+HERE = Path(__file__).parent
+# Folders whose tests start services and wait for them.
+SERVING = ("services", "e2e", "benchmarks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes one has all tests that serve, since two stacks at once would keep each other waiting."""
+    for item in items:
+        path = item.path.relative_to(HERE)
+        item.add_marker(pytest.mark.xdist_group("serving" if path.parts[0] in SERVING else str(path)))
 
 
 @pytest.fixture(scope="session")

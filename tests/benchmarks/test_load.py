@@ -68,9 +68,9 @@ def test_so_many_requests_are_open_at_once() -> None:
                 self.wfile.write(b"data: " + json.dumps({"choices": [{"text": text}]}).encode() + b"\n\n")
                 time.sleep(0.01)
             usage = {"completion_tokens": 7, "llm_steps": 2}
-            self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n")
-            with lock:
+            with lock:  # before the last words: their reader may send the next request at once
                 open_now -= 1
+            self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n")
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -21,12 +21,15 @@ from tests.services.gateway.conftest import RunningGateway, counter, gateway_sta
 from tests.services.harness import request
 
 START_TIMEOUT_S = 90.0
-TOKENS = 150
+TOKENS = 60
 OPEN_STREAMS = "specserve_gateway_verifier_open_streams"
 
 
 class Replicas:
-    """A gateway in this process, and its verifiers, each a process; the queue of one holds a single sequence."""
+    """A gateway in this process, and its verifiers, each a process; the queue of one holds a single sequence.
+
+    They take some ten milliseconds for a token, so that what happens in the middle of a text does on any machine.
+    """
 
     def __init__(self, ports: list[int], start: Callable[..., RunningGateway]) -> None:
         self.addresses = [f"127.0.0.1:{port}" for port in ports]
@@ -37,9 +40,10 @@ class Replicas:
         """Start those that do not run, and wait until the gateway uses them."""
         for address in self.addresses:
             if address not in self.processes or self.processes[address].poll() is not None:
-                flags = ["--port", address.rpartition(":")[2], "--llm", EMBEDDED_LLM, "--threads", "1"]
+                flags = ["--port", address.rpartition(":")[2], "--llm", EMBEDDED_LLM, "--insecure"]
+                slow = ["--kernels", "torch", "--threads", "1"]
                 bounds = ["--max-sequences", "1", "--max-waiting", "1", "--kv-memory", "0.02"]
-                command = [sys.executable, "-m", "services.verifier", "--insecure", *flags, *bounds]
+                command = [sys.executable, "-m", "services.verifier", *flags, *slow, *bounds]
                 self.processes[address] = subprocess.Popen([*command, "--log-level", "error"])
         wait_until(lambda: all(map(self.up, self.addresses)), START_TIMEOUT_S)
 
