@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 SERVING = ("services", "e2e", "benchmarks")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several processes one has all tests that serve, since two stacks at once would keep each other waiting."""
     for item in items:
