@@ -24,6 +24,8 @@ constexpr std::int64_t kCacheLine = 64;
 // Rows that one item of work takes together, and the least multiply-adds that are worth an item.
 constexpr std::int64_t kItemRows = 96;
 constexpr std::int64_t kItemWork = 16384;
+// Items for each thread that suffice, since claiming one waits until what the thread has written is in its cache.
+constexpr std::int64_t kMostItems = 8;
 
 constexpr int inputs_in_word(Storage storage) {
   return storage == Storage::kFloat32 ? 1 : storage == Storage::kInt8 ? 4 : 2;
@@ -207,6 +209,19 @@ void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int6
 }
 #endif
 
+// Where results go: out [rows][outputs], of which a block gives so many to a row.
+struct Results {
+  float* out;
+  std::int64_t outputs, block_outputs;
+
+  // Fetches the places of a block, which other cores have read since they were last written.
+  void fetch(std::int64_t row, std::int64_t row_end, std::int64_t block) const {
+    for (; row < row_end; ++row)
+      for (std::int64_t i = 0; i < block_outputs; i += kCacheLine / 4)
+        __builtin_prefetch(out + row * outputs + block * block_outputs + i, 1);
+  }
+};
+
 // How a product is cut into items: so many blocks of so many rows.
 struct Cut {
   std::int64_t row_items, block_items, item_blocks;
@@ -220,15 +235,16 @@ struct Cut {
     together = enough && rows <= kTwoBlockRows ? 2 : 1;
     const std::int64_t unit = std::lcm(together, multiple);
     const std::int64_t unit_work = std::min(rows, kItemRows) * p.weights.inputs * kBlock * unit;
-    item_blocks = unit * std::max<std::int64_t>(1, kItemWork / unit_work);
+    item_blocks = unit * std::max<std::int64_t>({1, kItemWork / unit_work, p.blocks / (kMostItems * threads * unit)});
     block_items = (p.blocks + item_blocks - 1) / item_blocks;
   }
 };
 
-// finish(row, block, sums [kBlock]) takes each result, next(first row, end of rows, first block, end of blocks) all
+// finish(row, block, sums [kBlock]) takes each result to `results`, next(first row, end of rows, first block, end of blocks) all
 // those of an item, which has a multiple of `multiple` blocks.
 template <Storage kStorage, class Finish, class Next>
-void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Finish& finish, const Next& next) {
+void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Results& results,
+                  const Finish& finish, const Next& next) {
   const Cut cut(p, multiple, pool.threads());
   const PreparedRows<kStorage> rows(pool, p.input, p.weights.inputs);
   const auto prepare = [&](int) {
@@ -243,8 +259,10 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
 #if SPECSERVE_MATRIX_TILES
     if constexpr (in_pairs(kStorage))
       if (in_tiles(kStorage)) {
-        for (std::int64_t b = block; b < block_end; ++b)
+        for (std::int64_t b = block; b < block_end; ++b) {
+          results.fetch(first, end, b);
           multiply_block_in_tiles(p, x, first, end - first, b, finish);
+        }
         return next(first, end, block, block_end);
       }
 #endif
@@ -256,18 +274,19 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
 
 template <class Finish, class Next>
 void multiply(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, bool gated, std::int64_t multiple,
-              const Finish& finish, const Next& next) {
+              float* out, const Finish& finish, const Next& next) {
   if (input.rows == 0) return;
   const Product p{input, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
+  const Results results{out, gated ? weights.outputs / 2 : weights.outputs, gated ? kLanes : kBlock};
   switch (weights.storage) {
     case Storage::kFloat32:
-      return multiply_all<Storage::kFloat32>(pool, p, multiple, finish, next);
+      return multiply_all<Storage::kFloat32>(pool, p, multiple, results, finish, next);
     case Storage::kBFloat16:
-      return multiply_all<Storage::kBFloat16>(pool, p, multiple, finish, next);
+      return multiply_all<Storage::kBFloat16>(pool, p, multiple, results, finish, next);
     case Storage::kFloat16:
-      return multiply_all<Storage::kFloat16>(pool, p, multiple, finish, next);
+      return multiply_all<Storage::kFloat16>(pool, p, multiple, results, finish, next);
     case Storage::kInt8:
-      return multiply_all<Storage::kInt8>(pool, p, multiple, finish, next);
+      return multiply_all<Storage::kInt8>(pool, p, multiple, results, finish, next);
   }
 }
 
@@ -333,7 +352,7 @@ void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeigh
   const auto use = [&](std::int64_t row, std::int64_t row_end, std::int64_t block, std::int64_t block_end) {
     if (next.use) next.use(row, row_end, block * kBlock, std::min(block_end * kBlock, weights.outputs));
   };
-  multiply(pool, input, weights, false, std::lcm(next.multiple, std::int64_t{kBlock}) / kBlock, finish, use);
+  multiply(pool, input, weights, false, std::lcm(next.multiple, std::int64_t{kBlock}) / kBlock, out, finish, use);
 }
 
 void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, float* out) {
@@ -348,7 +367,7 @@ void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeight
     }
     store_first(gate / (1.0f + exp(-gate)) * up, out + row * units + unit, count);
   };
-  multiply(pool, input, weights, true, 1, finish, [](auto...) {});
+  multiply(pool, input, weights, true, 1, out, finish, [](auto...) {});
 }
 
 }  // namespace specserve

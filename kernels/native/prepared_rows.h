@@ -98,6 +98,7 @@ class PreparedRows {
     const std::int64_t stride = row_stride(kStorage, size_);
     thread_local BufferOf<Element<kStorage>> own;
     Element<kStorage>* rows = own.get(padded_rows() * stride);
+    fetch();
     for (std::int64_t row = 0; row < input_.rows; ++row)
       prepare_row<kStorage>(input_, row, size_, rows + row * stride);
     return rows;
@@ -106,6 +107,11 @@ class PreparedRows {
  private:
   // A tile that begins at the last row is read to its end, whatever stands there.
   std::int64_t padded_rows() const { return input_.rows + (kMatrixTiles && in_pairs(kStorage) ? kTileSide - 1 : 0); }
+  // All lines are asked for at once: another core has written part of them.
+  void fetch() const {
+    constexpr std::int64_t kLine = 64 / sizeof(float);
+    for (std::int64_t i = 0; i < input_.rows * size_; i += kLine) __builtin_prefetch(input_.x + i, 0, 2);
+  }
   bool needed() const { return kStorage == Storage::kBFloat16 || input_.norm; }
 
   const LinearInput& input_;
