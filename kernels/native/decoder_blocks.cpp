@@ -12,6 +12,7 @@ namespace {
 
 struct Buffers {
   Buffer wide, narrow;
+  BufferOf<bfloat16> rounded;
 };
 
 Buffers& buffers() {
@@ -72,30 +73,51 @@ void project(ThreadPool& pool, const AttentionLayer& layer, const AttentionBatch
   packed_linear(pool, {hidden, batch.rows, layer.norm, layer.norm_eps}, layer.qkv, nullptr, qkv, {layer.head_dim, use});
 }
 
+// What make(place) puts into [rows, inputs] times the weights; where `may_round`, rounded as it is made if the product
+// takes it so.
+template <class Make>
+void multiply_made(ThreadPool& pool, const LinearWeights& weights, std::int64_t rows, Buffer& place, bool may_round,
+                   const float* residual, float* out, const Make& make) {
+  LinearInput input{nullptr, rows};
+  if (may_round && takes_rounded(weights)) {
+    bfloat16* rounded = buffers().rounded.get(rounded_elements(rows, weights.inputs));
+    make(rounded);
+    input.rounded = rounded;
+  } else {
+    float* made = place.get(rows * weights.inputs);
+    make(made);
+    input.x = made;
+  }
+  packed_linear(pool, input, weights, residual, out);
+}
+
 }  // namespace
 
 void attention_block(ThreadPool& pool, const AttentionLayer& layer, const AttentionBatch& batch, const float* hidden,
                      void* kv, std::int64_t slots, bool kv_is_bfloat16, bool residual, float* out) {
   const HeadCounts counts{layer.heads, layer.kv_heads, layer.head_dim};
+  const bool whole_vectors = layer.head_dim % kLanes == 0;
   float* qkv = buffers().wide.get(batch.rows * layer.qkv.outputs);
-  float* attended = buffers().narrow.get(batch.rows * layer.output.inputs);
   const auto run = [&](auto* keys) {
     auto* values = keys + slots * layer.kv_heads * layer.head_dim;
     project(pool, layer, batch, hidden, LayerCache<std::remove_pointer_t<decltype(keys)>>{keys, values}, qkv);
-    tree_attention(pool, qkv, layer.qkv.outputs, keys, values, kv_is_bfloat16, batch, counts, layer.scale, attended);
+    const auto attend = [&](auto* attended) {
+      tree_attention(pool, qkv, layer.qkv.outputs, keys, values, kv_is_bfloat16, batch, counts, layer.scale, attended);
+    };
+    multiply_made(pool, layer.output, batch.rows, buffers().narrow, whole_vectors, residual ? hidden : nullptr, out, attend);
   };
   if (kv_is_bfloat16)
     run(static_cast<bfloat16*>(kv));
   else
     run(static_cast<float*>(kv));
-  packed_linear(pool, {attended, batch.rows}, layer.output, residual ? hidden : nullptr, out);
 }
 
 void mlp_block(ThreadPool& pool, const MlpLayer& layer, const float* hidden, std::int64_t rows, bool residual,
                float* out) {
-  float* active = buffers().wide.get(rows * layer.down.inputs);
-  gated_linear(pool, {hidden, rows, layer.norm, layer.norm_eps}, layer.gate_up, active);
-  packed_linear(pool, {active, rows}, layer.down, residual ? hidden : nullptr, out);
+  const auto activate = [&](auto* active) {
+    gated_linear(pool, {hidden, rows, layer.norm, layer.norm_eps}, layer.gate_up, active);
+  };
+  multiply_made(pool, layer.down, rows, buffers().wide, true, residual ? hidden : nullptr, out, activate);
 }
 
 }  // namespace specserve

@@ -209,16 +209,17 @@ void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int6
 }
 #endif
 
-// Where results go: out [rows][outputs], of which a block gives so many to a row.
+// Where results go: bytes from one row to the next, and from one block's part of a row to the next one's.
 struct Results {
-  float* out;
-  std::int64_t outputs, block_outputs;
+  const void* out;
+  std::int64_t row_bytes, block_bytes;
 
   // Fetches the places of a block, which other cores have read since they were last written.
   void fetch(std::int64_t row, std::int64_t row_end, std::int64_t block) const {
-    for (; row < row_end; ++row)
-      for (std::int64_t i = 0; i < block_outputs; i += kCacheLine / 4)
-        __builtin_prefetch(out + row * outputs + block * block_outputs + i, 1);
+    for (; row < row_end; ++row) {
+      const char* place = static_cast<const char*>(out) + row * row_bytes + block * block_bytes;
+      for (std::int64_t byte = 0; byte < block_bytes; byte += kCacheLine) __builtin_prefetch(place + byte, 1);
+    }
   }
 };
 
@@ -272,12 +273,13 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
   });
 }
 
-template <class Finish, class Next>
+template <class Out, class Finish, class Next>
 void multiply(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, bool gated, std::int64_t multiple,
-              float* out, const Finish& finish, const Next& next) {
+              const Out* out, const Finish& finish, const Next& next) {
   if (input.rows == 0) return;
   const Product p{input, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
-  const Results results{out, gated ? weights.outputs / 2 : weights.outputs, gated ? kLanes : kBlock};
+  const std::int64_t size = sizeof(Out), row = gated ? weights.outputs / 2 : weights.outputs;
+  const Results results{out, row * size, (gated ? kLanes : kBlock) * size};
   switch (weights.storage) {
     case Storage::kFloat32:
       return multiply_all<Storage::kFloat32>(pool, p, multiple, results, finish, next);
@@ -317,6 +319,14 @@ void pack(const Weight* weight, Storage storage, bool gated, std::int64_t inputs
 
 bool multiplies_in_tiles() { return in_tiles(Storage::kBFloat16); }
 
+bool takes_rounded(const LinearWeights& weights) {
+  return in_pairs(weights.storage) && weights.inputs % (2 * kTileSide) == 0;  // nothing to fill up behind a row
+}
+
+std::int64_t rounded_elements(std::int64_t rows, std::int64_t inputs) {
+  return (rows + (kMatrixTiles ? kTileSide - 1 : 0)) * inputs;
+}
+
 std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs) {
   return blocks_for(gated, outputs) * words_for(storage, inputs) * kBlock;
 }
@@ -355,7 +365,13 @@ void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeigh
   multiply(pool, input, weights, false, std::lcm(next.multiple, std::int64_t{kBlock}) / kBlock, out, finish, use);
 }
 
-void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, float* out) {
+namespace {
+
+void store_activation(Vec value, float* target, int count) { store_first(value, target, count); }
+void store_activation(Vec value, bfloat16* target, int) { store_rounded(value, target); }
+
+template <class Out>
+void multiply_gated(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, Out* out) {
   const std::int64_t units = weights.outputs / 2;
   const auto finish = [&](std::int64_t row, std::int64_t block, const float* sums) {
     const std::int64_t unit = block * kLanes;
@@ -365,9 +381,19 @@ void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeight
       gate *= load_first(weights.scales + unit, count);
       up *= load_first(weights.scales + units + unit, count);
     }
-    store_first(gate / (1.0f + exp(-gate)) * up, out + row * units + unit, count);
+    store_activation(gate / (1.0f + exp(-gate)) * up, out + row * units + unit, count);
   };
   multiply(pool, input, weights, true, 1, out, finish, [](auto...) {});
+}
+
+}  // namespace
+
+void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, float* out) {
+  multiply_gated(pool, input, weights, out);
+}
+
+void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, bfloat16* out) {
+  multiply_gated(pool, input, weights, out);
 }
 
 }  // namespace specserve

@@ -16,7 +16,8 @@ enum class Storage : std::int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, k
 constexpr int kBlock = 2 * kLanes;
 
 // The packed matrix is [ceil(outputs / kBlock)][ceil(inputs / n)][kBlock] words of four bytes, zeros where there is no
-// output or input; a library that is built for tiles pads the words of bf16 weights to whole ones. A word holds n inputs of one output, the first in its lowest bits: n is 1, 2, 2 or 4 by storage.
+// output or input; a library that is built for tiles pads the words of bf16 weights to whole ones. A word holds n inputs of
+// one output, the first in its lowest bits: n is 1, 2, 2 or 4 by storage.
 // A gated matrix of 2 m outputs is packed as ceil(m / kLanes) blocks of kLanes gates and their kLanes partners.
 //
 // Mirrored by a ctypes structure: the order and the types of the fields are shared.
@@ -44,7 +45,15 @@ struct LinearInput {
   std::int64_t rows;
   const float* norm = nullptr;  // [inputs], the weight of an RMS norm that the rows pass first, or null
   float norm_eps = 0.0f;
+  const bfloat16* rounded = nullptr;  // the rows instead of x, rounded already, where `takes_rounded`
 };
+
+// Whether rows may come rounded, by whoever made them: each thread of the product needs all rows, so that it is spared
+// half of what it reads and the rounding.
+bool takes_rounded(const LinearWeights& weights);
+
+// Elements that such rows need: the last ones are read as part of a tile, whatever they hold.
+std::int64_t rounded_elements(std::int64_t rows, std::int64_t inputs);
 
 // What follows a linear layer, output by output: use(first row, end of rows, first output, end of outputs) is called for
 // outputs that have just been computed, by the thread that computed them. `first output` is a multiple of `multiple`, and
@@ -65,7 +74,8 @@ void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeigh
                    float* out, const OutputUse& next = {});
 
 // out [rows, m] = silu(gate) up, with gate and up the two halves of x weightᵀ, weights packed as a gated matrix of
-// outputs = 2 m, without bias, and silu(z) = z / (1 + e^-z).
+// outputs = 2 m, without bias, and silu(z) = z / (1 + e^-z). Rounded for the next layer where out is bf16.
 void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, float* out);
+void gated_linear(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, bfloat16* out);
 
 }  // namespace specserve

@@ -93,6 +93,8 @@ class PreparedRows {
 
   const Element<kStorage>* get() const {
     if (shared_) return shared_;
+    if constexpr (in_pairs(kStorage))
+      if (input_.rounded) return reinterpret_cast<const std::uint32_t*>(input_.rounded);
     if constexpr (kStorage != Storage::kBFloat16)
       if (!input_.norm) return input_.x;
     const std::int64_t stride = row_stride(kStorage, size_);
@@ -112,7 +114,7 @@ class PreparedRows {
     constexpr std::int64_t kLine = 64 / sizeof(float);
     for (std::int64_t i = 0; i < input_.rows * size_; i += kLine) __builtin_prefetch(input_.x + i, 0, 2);
   }
-  bool needed() const { return kStorage == Storage::kBFloat16 || input_.norm; }
+  bool needed() const { return !input_.rounded && (kStorage == Storage::kBFloat16 || input_.norm); }
 
   const LinearInput& input_;
   const std::int64_t size_;

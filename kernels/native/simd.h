@@ -106,9 +106,23 @@ inline UintVec round_to_pairs(Vec low, Vec high) {
   std::memcpy(&pairs, &rounded, sizeof pairs);
   return pairs;
 }
+
+// Each lane rounded as by round_to_bfloat16.
+inline void store_rounded(Vec value, bfloat16* target) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(value);
+  std::memcpy(target, &rounded, sizeof rounded);
+}
 #else
 constexpr bool kPairsOfBFloat16 = false;
 inline Vec fma_pairs(UintVec, UintVec, Vec) = delete;
+
+inline void store_rounded(Vec value, bfloat16* target) {
+  value = round_to_bfloat16(value);
+  UintVec bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const HalfVec rounded = __builtin_convertvector(bits >> 16, HalfVec);
+  std::memcpy(target, &rounded, sizeof rounded);
+}
 #endif
 
 inline Vec load(const float* source) {

@@ -25,18 +25,18 @@ constexpr std::int64_t kPrefetch = 8;
 constexpr std::int64_t kEarlyValues = 1024;
 constexpr std::int64_t kCacheLine = 64;
 
-// A query of one head, its places for weights and result, and the sum of its weights.
+// A query of one head, its places for weights and for the sums of weighted values, and the sum of its weights.
 struct Line {
   const float* query;
   float* weights;
-  float* out;
+  float* sums;
   float total;
 };
 
 struct Scratch {
   std::vector<std::int64_t> offsets;
   std::vector<std::size_t> row_ends;
-  std::vector<float> weights;
+  std::vector<float> weights, sums;
   std::vector<Vec> keys;  // [head_dim], of kLanes entries
   std::vector<Line> lines;
 };
@@ -46,7 +46,7 @@ Scratch& scratch() {
   return own;
 }
 
-template <class Element>
+template <class Element, class Out>
 struct Operands {
   const float* query;
   std::int64_t query_stride;
@@ -55,7 +55,7 @@ struct Operands {
   const AttentionBatch& batch;
   const HeadCounts& counts;
   float scale;
-  float* out;
+  Out* out;
 };
 
 // Consecutive rows of one sequence. All of them see its first `common` entries.
@@ -142,8 +142,8 @@ void in_bundles(const Line* lines, std::size_t count, const Call& call) {
 }
 
 // Scores of some lines for `count` entries, which become number first, first + 1, ... of each.
-template <class Element>
-void score_entries(const Operands<Element>& p, std::int64_t kv_head, const std::int64_t* offsets, std::int64_t count,
+template <class Element, class Out>
+void score_entries(const Operands<Element, Out>& p, std::int64_t kv_head, const std::int64_t* offsets, std::int64_t count,
                    std::int64_t first, const Line* lines, std::size_t line_count, Vec* gathered) {
   const std::int64_t head_dim = p.counts.head_dim, start = kv_head * head_dim;
   for (std::int64_t i = 0; i < count; i += kLanes) {
@@ -173,13 +173,13 @@ float exponentials(float* weights, std::int64_t size) {
   return sum(total);
 }
 
-// out[d] += Σ weights[first + i] values[offsets[i]][d], over i in order, for `Vecs` vectors of d or `left` elements.
+// sums[d] += Σ weights[first + i] values[offsets[i]][d], over i in order, for `Vecs` vectors of d or `left` elements.
 template <class Element, int Lines, int Vecs>
 void accumulate_part(const Line* lines, const Element* values, const std::int64_t* offsets, std::int64_t count,
                      std::int64_t d, std::int64_t first, int left = kLanes) {
   Vec sums[Lines][Vecs];
   for (int line = 0; line < Lines; ++line)
-    for (int v = 0; v < Vecs; ++v) sums[line][v] = load_first(lines[line].out + d + v * kLanes, left);
+    for (int v = 0; v < Vecs; ++v) sums[line][v] = load_first(lines[line].sums + d + v * kLanes, left);
   for (std::int64_t i = 0; i < count; ++i) {
     prefetch_entry(values + d, offsets, i, count, Vecs * kLanes);
     Vec parts[Vecs];
@@ -190,7 +190,7 @@ void accumulate_part(const Line* lines, const Element* values, const std::int64_
     }
   }
   for (int line = 0; line < Lines; ++line)
-    for (int v = 0; v < Vecs; ++v) store_first(sums[line][v], lines[line].out + d + v * kLanes, left);
+    for (int v = 0; v < Vecs; ++v) store_first(sums[line][v], lines[line].sums + d + v * kLanes, left);
 }
 
 template <class Element>
@@ -207,24 +207,33 @@ void accumulate(const Line* lines, std::size_t line_count, const Element* values
 }
 
 // The group's queries of one key head, row after row.
-template <class Element>
-void list_lines(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
+template <class Element, class Out>
+void list_lines(const Operands<Element, Out>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
   const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
   // a last vector of scores may be partly used
   const std::size_t room = own.offsets.size() + kLanes, count = static_cast<std::size_t>(group.rows * in_row);
   own.weights.resize(std::max(own.weights.size(), count * room));
   own.keys.resize(static_cast<std::size_t>(head_dim));
+  own.sums.assign(count * static_cast<std::size_t>(head_dim), 0.0f);
   own.lines.resize(count);
   for (std::int64_t i = 0; i < group.rows * in_row; ++i) {
     const std::int64_t row = group.first + i / in_row, head = kv_head * in_row + i % in_row;
     own.lines[i] = {p.query + row * p.query_stride + head * head_dim, own.weights.data() + i * room,
-                    p.out + (row * p.counts.heads + head) * head_dim, 1.0f};
-    std::fill_n(own.lines[i].out, head_dim, 0.0f);
+                    own.sums.data() + i * head_dim, 1.0f};
   }
 }
 
-template <class Element>
-void attend_group(const Operands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
+// The mean of the values by the weights.
+void store_result(const Line& line, std::int64_t head_dim, float* out) {
+  for (std::int64_t d = 0; d < head_dim; ++d) out[d] = line.sums[d] / line.total;
+}
+
+void store_result(const Line& line, std::int64_t head_dim, bfloat16* out) {
+  for (std::int64_t d = 0; d < head_dim; d += kLanes) store_rounded(load(line.sums + d) / line.total, out + d);
+}
+
+template <class Element, class Out>
+void attend_group(const Operands<Element, Out>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
   const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
   const Element* values = p.values + kv_head * head_dim;
   const std::int64_t* offsets = own.offsets.data();
@@ -243,8 +252,8 @@ void attend_group(const Operands<Element>& p, const RowGroup& group, std::int64_
   for (std::int64_t row = 0; row < group.rows; ++row) {
     const Line* lines = own.lines.data() + row * in_row;
     accumulate(lines, in_row, values, offsets + tail_of(row), end_of(row) - tail_of(row), head_dim, group.common);
-    for (std::int64_t i = 0; i < in_row; ++i)
-      for (std::int64_t d = 0; d < head_dim; ++d) lines[i].out[d] /= lines[i].total;
+    Out* out = p.out + ((group.first + row) * p.counts.heads + kv_head * in_row) * head_dim;
+    for (std::int64_t i = 0; i < in_row; ++i, out += head_dim) store_result(lines[i], head_dim, out);
   }
 }
 
@@ -261,8 +270,8 @@ std::vector<RowGroup> group_rows(const AttentionBatch& batch, std::int64_t most)
   return groups;
 }
 
-template <class Element>
-void attend_all(ThreadPool& pool, const Operands<Element>& p) {
+template <class Element, class Out>
+void attend_all(ThreadPool& pool, const Operands<Element, Out>& p) {
   const std::int64_t kv_heads = p.counts.kv_heads, slot_size = kv_heads * p.counts.head_dim;
   const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() / kv_heads);
   const std::int64_t longest = *std::max_element(p.batch.prefix_lengths, p.batch.prefix_lengths + p.batch.rows);
@@ -286,21 +295,33 @@ void attend_all(ThreadPool& pool, const Operands<Element>& p) {
   });
 }
 
-}  // namespace
-
-void tree_attention(ThreadPool& pool, const float* query, std::int64_t query_stride, const void* keys,
-                    const void* values, bool kv_is_bfloat16, const AttentionBatch& batch, const HeadCounts& counts,
-                    float scale, float* out) {
+template <class Out>
+void attend(ThreadPool& pool, const float* query, std::int64_t query_stride, const void* keys, const void* values,
+            bool kv_is_bfloat16, const AttentionBatch& batch, const HeadCounts& counts, float scale, Out* out) {
   if (batch.rows == 0) return;
   const auto run = [&](auto* typed_keys) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(typed_keys)>>;
-    attend_all(pool, Operands<Element>{query, query_stride, typed_keys, static_cast<const Element*>(values), batch,
-                                       counts, scale, out});
+    attend_all(pool, Operands<Element, Out>{query, query_stride, typed_keys, static_cast<const Element*>(values), batch,
+                                            counts, scale, out});
   };
   if (kv_is_bfloat16)
     run(static_cast<const bfloat16*>(keys));
   else
     run(static_cast<const float*>(keys));
+}
+
+}  // namespace
+
+void tree_attention(ThreadPool& pool, const float* query, std::int64_t query_stride, const void* keys,
+                    const void* values, bool kv_is_bfloat16, const AttentionBatch& batch, const HeadCounts& counts,
+                    float scale, float* out) {
+  attend(pool, query, query_stride, keys, values, kv_is_bfloat16, batch, counts, scale, out);
+}
+
+void tree_attention(ThreadPool& pool, const float* query, std::int64_t query_stride, const void* keys,
+                    const void* values, bool kv_is_bfloat16, const AttentionBatch& batch, const HeadCounts& counts,
+                    float scale, bfloat16* out) {
+  attend(pool, query, query_stride, keys, values, kv_is_bfloat16, batch, counts, scale, out);
 }
 
 }  // namespace specserve

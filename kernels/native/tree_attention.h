@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "simd.h"
 #include "thread_pool.h"
 
 namespace specserve {
@@ -27,12 +28,16 @@ struct HeadCounts {
 };
 
 // query: [rows, heads, head_dim], `query_stride` floats from one row to the next; keys, values: [slots, kv_heads,
-// head_dim], float or bfloat16; out: [rows, heads, head_dim].
+// head_dim], float or bfloat16; out: [rows, heads, head_dim], rounded for the next layer where it is bf16; then head_dim
+// is a multiple of kLanes.
 //
 // The visible entries of a row are taken in logical order and every reduction runs over that list alone, so that a tree
 // node and the same token at the end of a plain sequence get the same bits.
 void tree_attention(ThreadPool& pool, const float* query, std::int64_t query_stride, const void* keys,
                     const void* values, bool kv_is_bfloat16, const AttentionBatch& batch, const HeadCounts& counts,
                     float scale, float* out);
+void tree_attention(ThreadPool& pool, const float* query, std::int64_t query_stride, const void* keys,
+                    const void* values, bool kv_is_bfloat16, const AttentionBatch& batch, const HeadCounts& counts,
+                    float scale, bfloat16* out);
 
 }  // namespace specserve
