@@ -42,8 +42,10 @@ _REST_STEPS, _LONGEST_REST = 8, 64
 # Before the first drafts of sequences with more tokens than this together, one plain step goes by, in which speculators
 # compute them.
 _PREPARED_TOKENS = 32
-# Behind the first so many drafts, one in so many teaches: looking back takes time too.
+# Behind the first so many drafts, one in so many teaches, and of the drafted steps one in so many what they cost:
+# looking back takes time too.
 _ALL_TEACH, _TEACH_EVERY = 128, 8
+_ALL_TIMED, _TIMED_EVERY = 256, 4
 
 
 @dataclass(kw_only=True)
@@ -271,9 +273,10 @@ class MeasuredBudget(DraftBudget[_Step]):
         added = sum([len(draft.tree) - 1 for draft in step.drafts.values()])
         verifying, sequences = step.price.of(added), step.price.tokens
         seconds = tamed(draft_seconds + step_seconds, step.drafting + verifying)
-        option.cost.learn(sequences, step.features, seconds - verifying, step.drafting)
-        if added:
-            self._prices.learn_drafted(step.rows + added, sequences, step_seconds)
+        if step.trial or self._drafted_steps <= _ALL_TIMED or self._drafted_steps % _TIMED_EVERY == 0:
+            option.cost.learn(sequences, step.features, seconds - verifying, step.drafting)
+            if added:
+                self._prices.learn_drafted(step.rows + added, sequences, step_seconds)
         if not step.trial and not step.sampled:
             came = sum([len(path.token_ids) for path in accepted.values()])
             guard = self._guards.at(sequences)[self._options.way(option)]
