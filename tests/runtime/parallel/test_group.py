@@ -173,6 +173,7 @@ def test_accepted_paths_are_kept_before_another_step_is_planned(case: Any, ranks
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_group_of_one_on_a_device(folders: dict[str, Path], tmp_path: Path) -> None:
     case: Case = ("llama-gqa", (1, 1), "auto", "bfloat16")
     (rank,) = run_cases([case], folders, tmp_path, "cuda:0")[case]
