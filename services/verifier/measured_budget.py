@@ -296,10 +296,11 @@ class MeasuredBudget(DraftBudget[_Step]):
         """What was learned, for JSON. From any thread: what changes meanwhile is copied before or after."""
         parts = self._prices.state() | self._options.state()
         parts |= {"reliability": self._reliability.state(), "guards": self._guards.state()}
-        return parts | {"sharing": self._chooser.state()}
+        return parts | {"sharing": self._chooser.state(), "steps": self._drafted_steps, "drafts": self._drafts}
 
     def restore(self, state: dict[str, Any], share: float) -> None:
-        """Take an earlier budget's knowledge over, with a share of its weight, so that a change is noticed soon.
+        """Take an earlier budget's knowledge over, with a share of its weight, so that a change is noticed soon. What
+        the first steps and drafts alone are asked for is not asked for again.
 
         Raises KeyError, TypeError, ValueError or AttributeError when it is of another form.
         """
@@ -308,3 +309,4 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._reliability.restore(state["reliability"], share)
         self._guards.restore(state["guards"], share)
         self._chooser.restore(state["sharing"], share)
+        self._drafted_steps, self._drafts = int(state["steps"]), int(state["drafts"])

@@ -147,6 +147,16 @@ def test_what_was_kept_is_doubted_when_the_machine_has_changed() -> None:
     assert world.speedup(1, steps=500) > 1.3
 
 
+def test_what_the_first_steps_are_asked_for_is_asked_for_once() -> None:
+    world = World(small_cpu, right=0.8)
+    world.speedup(1, steps=400)
+    before = world.budget.state()
+    world.restart()
+    after = world.budget.state()
+    assert after["steps"] == before["steps"] > 256
+    assert after["drafts"] == before["drafts"] > 128
+
+
 def test_knowledge_of_another_form_is_refused() -> None:
     world = World(small_cpu, right=0.8)
     world.speedup(2, steps=100)
