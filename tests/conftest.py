@@ -17,16 +17,23 @@ from tests import ports
 
 REDIS_START_TIMEOUT_S = 10.0
 HERE = Path(__file__).parent
-# Folders whose tests start services and wait for them.
-SERVING = ("services", "e2e", "benchmarks")
+# Folders whose tests start services and wait for them, and the one whose tests take longest each.
+SERVING, LONG = ("services", "e2e", "benchmarks"), "training"
+
+
+def folder(item: pytest.Item) -> str:
+    """That of this one which the test lies in."""
+    return item.path.relative_to(HERE).parts[0]
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has all tests that serve, since two stacks at once would keep each other waiting."""
+    """Of several processes one has all tests that serve, since two stacks at once would keep each other waiting; the
+    others take the rest by file, those first at which nobody should be left alone in the end.
+    """
     for item in items:
-        path = item.path.relative_to(HERE)
-        item.add_marker(pytest.mark.xdist_group("serving" if path.parts[0] in SERVING else str(path)))
+        item.add_marker(pytest.mark.xdist_group("serving" if folder(item) in SERVING else str(item.path)))
+    items.sort(key=lambda item: (folder(item) not in SERVING) + (folder(item) not in (*SERVING, LONG)))
 
 
 @pytest.fixture(scope="session")
