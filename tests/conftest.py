@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 SERVING, LONG = ("services", "e2e", "benchmarks"), "training"
 
 
-def folder(item: pytest.Item) -> str:
+def folder_of(item: pytest.Item) -> str:
     """That of this one which the test lies in."""
     return item.path.relative_to(HERE).parts[0]
 
@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others take the rest by file, those first at which nobody should be left alone in the end.
     """
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("serving" if folder(item) in SERVING else str(item.path)))
-    items.sort(key=lambda item: (folder(item) not in SERVING) + (folder(item) not in (*SERVING, LONG)))
+        item.add_marker(pytest.mark.xdist_group("serving" if folder_of(item) in SERVING else str(item.path)))
+    items.sort(key=lambda item: (folder_of(item) not in SERVING) + (folder_of(item) not in (*SERVING, LONG)))
 
 
 @pytest.fixture(scope="session")

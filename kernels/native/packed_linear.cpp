@@ -241,8 +241,8 @@ struct Cut {
   }
 };
 
-// finish(row, block, sums [kBlock]) takes each result to `results`, next(first row, end of rows, first block, end of blocks) all
-// those of an item, which has a multiple of `multiple` blocks.
+// finish(row, block, sums [kBlock]) takes each result to `results`, next(first row, end of rows, first block, end of
+// blocks) all those of an item, which has a multiple of `multiple` blocks.
 template <Storage kStorage, class Finish, class Next>
 void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Results& results,
                   const Finish& finish, const Next& next) {

@@ -140,7 +140,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                     async with aclosing(behavior(request, context)) as responses:
                         async for response in responses:
                             yield response
-            except Exception as error:  # noqa: BLE001  # as above
+            except Exception as error:  # noqa: BLE001  # ends its call, not the server
                 await _abort(context, error)
 
         return call
