@@ -19,7 +19,7 @@ import grpc
 
 from benchmarks.samples import Answer
 from protos.tree_pb2 import ModelInfoRequest, SamplingParams
-from protos.verifier_pb2 import GenerateRequest
+from protos.verifier_pb2 import BeginSequence, GenerateRequest, SequenceOutput
 from protos.verifier_pb2_grpc import VerifierStub
 from services.common.model_files import resolve_model
 from services.gateway.detokenizer import Detokenizer
@@ -179,7 +179,8 @@ class VerifierClient:
         Raises:
             RequestFailed: the verifier is out of reach, or ended the call with an error.
         """
-        request = GenerateRequest(
+        sequence = BeginSequence(
+            sequence_id=1,
             request_id="benchmark",
             prompt_token_ids=self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
             max_new_tokens=new_tokens,
@@ -187,20 +188,22 @@ class VerifierClient:
             sampling=SamplingParams(temperature=0, top_p=1, repetition_penalty=1),
         )
         started = time.monotonic()
-        responses, times = [], []
+        outputs, times = list[SequenceOutput](), list[float]()
         try:
-            for response in self._stub.Generate(request, timeout=TIMEOUT_S):
-                times.append(time.monotonic())
-                responses.append(response)
+            for response in self._stub.Generate(iter([GenerateRequest(begin=[sequence])]), timeout=TIMEOUT_S):
+                times += [time.monotonic()] * len(response.outputs)
+                outputs += response.outputs
+                for failure in response.failures:
+                    raise RequestFailed(f"the verifier failed: {failure.message}")
         except grpc.RpcError as error:
             raise RequestFailed(f"the verifier failed: {error}") from error
         total_s = time.monotonic() - started
-        tokens = [token for response in responses for token in response.token_ids]
+        tokens = [token for output in outputs for token in output.token_ids]
         return Answer(
-            text=self._text(request.prompt_token_ids, tokens),
+            text=self._text(sequence.prompt_token_ids, tokens),
             tokens=len(tokens),
-            events=len(responses),
-            llm_steps=responses[-1].llm_steps,
+            events=len(outputs),
+            llm_steps=outputs[-1].llm_steps,
             first_token_s=times[0] - started,
             total_s=total_s,
         )

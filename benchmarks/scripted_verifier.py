@@ -2,68 +2,71 @@
 
     python -m benchmarks.scripted_verifier --model models/default-llm --port 50051 --token 17 --interval-ms 20
 
-A real gRPC server of the Verifier service. Writes one JSON object a request to standard output when the request ends:
-its prompt and the CLOCK_MONOTONIC time, in seconds, at which each token was handed to gRPC.
+A real gRPC server of the Verifier service, with the verifier's own streams. Writes one JSON object a request to
+standard output when the request ends: its prompt and the CLOCK_MONOTONIC time, in seconds, at which each token was
+handed over to be sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-import grpc.aio
 import typer
+import uvloop
 
-from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
+from protos.verifier_pb2_grpc import add_VerifierServicer_to_server
 from services.common.grpc_setup import Endpoint, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle
+from services.common.model_facts import ModelFacts
 from services.common.model_files import resolve_model, tokenizer_hash
 from services.common.tls import INSECURE
+from services.verifier.outbox import Outbox
+from services.verifier.request import FinishReason, GenerationRequest, Sink, StepOutput
+from services.verifier.servicer import SERVICE, UNCOUNTED, Servicer
 
-Context = grpc.aio.ServicerContext[verifier_pb2.GenerateRequest, verifier_pb2.GenerateResponse]
 
-
-@dataclass(frozen=True)
-class ScriptedVerifier(verifier_pb2_grpc.VerifierServicer):
+@dataclass
+class ScriptedEngine:
     """Answers every request with `token`, max_new_tokens times, one each interval_s from the request on."""
 
-    facts: tree_pb2.ModelInfo
     token: int
     interval_s: float
+    _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
-    async def GetModelInfo(self, request: tree_pb2.ModelInfoRequest, context: object) -> tree_pb2.ModelInfo:
-        return self.facts
+    def submit(self, request: GenerationRequest, sink: Sink) -> int:
+        sequence_id = next(self._ids)
+        task = self._tasks[sequence_id] = asyncio.ensure_future(self._answer(request, sink))
+        task.add_done_callback(lambda _: self._tasks.pop(sequence_id))
+        return sequence_id
 
-    async def Generate(
-        self, request: verifier_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[verifier_pb2.GenerateResponse]:
-        await context.send_initial_metadata((("specserve-admitted", "1"),))
+    def cancel(self, sequence_id: int) -> None:
+        if sequence_id in self._tasks:
+            self._tasks[sequence_id].cancel()
+
+    async def _answer(self, request: GenerationRequest, sink: Sink) -> None:
         started, sent = time.monotonic(), list[float]()
-        for step in range(request.max_new_tokens):
+        for step in range(1, request.max_new_tokens + 1):
             # Due times, not pauses: a late token does not delay those after it.
-            await asyncio.sleep(started + (step + 1) * self.interval_s - time.monotonic())
-            last = step + 1 == request.max_new_tokens
-            response = verifier_pb2.GenerateResponse(
-                token_ids=[self.token],
-                llm_steps=step + 1,
-                finish_reason=verifier_pb2.FINISH_REASON_LENGTH if last else verifier_pb2.FINISH_REASON_UNSPECIFIED,
-            )
+            await asyncio.sleep(started + step * self.interval_s - time.monotonic())
+            last = step == request.max_new_tokens
             sent.append(time.monotonic())
-            yield response
-        print(json.dumps({"prompt": list(request.prompt_token_ids), "sent": sent}), flush=True)
+            sink(StepOutput((self.token,), step, finish_reason=FinishReason.LENGTH if last else None))
+        print(json.dumps({"prompt": request.prompt, "sent": sent}), flush=True)
 
 
-async def _serve(verifier: ScriptedVerifier, port: int) -> None:
+async def _serve(engine: ScriptedEngine, facts: ModelFacts, port: int) -> None:
     lifecycle = Lifecycle()
-    server = aio_server(lifecycle)
-    verifier_pb2_grpc.add_VerifierServicer_to_server(verifier, server)
-    endpoint = Endpoint("127.0.0.1", port)
-    async with serving_grpc(server, lifecycle, endpoint, INSECURE, ("specserve.v1.Verifier",)):
+    server = aio_server(lifecycle, UNCOUNTED)
+    servicer = Servicer(engine, facts, Outbox(asyncio.get_running_loop()), lifecycle)
+    add_VerifierServicer_to_server(servicer, server)
+    async with serving_grpc(server, lifecycle, Endpoint("127.0.0.1", port), INSECURE, (SERVICE,)):
         await server.wait_for_termination()
 
 
@@ -80,18 +83,18 @@ def main(
     """Serves until it is ended."""
     folder = resolve_model(model)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    facts = tree_pb2.ModelInfo(
+    facts = ModelFacts(
         model="scripted",
         vocab_size=config["vocab_size"],
         context_length=config["max_position_embeddings"],
         tokenizer_hash=tokenizer_hash(folder),
-        eos_token_ids=[config["eos_token_id"]],
+        eos_token_ids=(config["eos_token_id"],),
         device="cpu",
         dtype="float32",
         kernels="torch",
     )
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(ScriptedVerifier(facts, token, interval_ms / 1000), port))
+        uvloop.run(_serve(ScriptedEngine(token, interval_ms / 1000), facts, port))
 
 
 if __name__ == "__main__":

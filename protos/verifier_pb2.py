@@ -25,21 +25,29 @@ _sym_db = _symbol_database.Default()
 from protos import tree_pb2 as protos_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/verifier.proto\x12\x0cspecserve.v1\x1a\x11protos/tree.proto\"\xab\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x03 \x03(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.specserve.v1.SamplingParams\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x19\n\x0ctop_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x08 \x01(\x08\x12\x18\n\x0bspeculative\x18\t \x01(\x08H\x01\x88\x01\x01\x42\x0f\n\r_top_logprobsB\x0e\n\x0c_speculative\"\xce\x01\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12,\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1a.specserve.v1.TokenLogprob\x12\x33\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1a.specserve.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.specserve.v1.FinishReason\x12\x11\n\tllm_steps\x18\x05 \x01(\r\"L\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa0\x01\n\x08Verifier\x12G\n\x0cGetModelInfo\x12\x1e.specserve.v1.ModelInfoRequest\x1a\x17.specserve.v1.ModelInfo\x12K\n\x08Generate\x12\x1d.specserve.v1.GenerateRequest\x1a\x1e.specserve.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/verifier.proto\x12\x0cspecserve.v1\x1a\x11protos/tree.proto\"M\n\x0fGenerateRequest\x12*\n\x05\x62\x65gin\x18\x01 \x03(\x0b\x32\x1b.specserve.v1.BeginSequence\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x03(\x04\"\xbe\x02\n\rBeginSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x04 \x03(\r\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.specserve.v1.SamplingParams\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x19\n\x0ctop_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\t \x01(\x08\x12\x18\n\x0bspeculative\x18\n \x01(\x08H\x01\x88\x01\x01\x42\x0f\n\r_top_logprobsB\x0e\n\x0c_speculative\"\x84\x01\n\x10GenerateResponse\x12\x10\n\x08\x61\x64mitted\x18\x01 \x03(\x04\x12-\n\x07outputs\x18\x02 \x03(\x0b\x32\x1c.specserve.v1.SequenceOutput\x12/\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1d.specserve.v1.SequenceFailure\"\xe1\x01\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.specserve.v1.TokenLogprob\x12\x33\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1a.specserve.v1.TokenLogprob\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.specserve.v1.FinishReason\x12\x11\n\tllm_steps\x18\x06 \x01(\r\"|\n\x0fSequenceFailure\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.specserve.v1.FailureReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"L\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02*\xa4\x01\n\rFailureReason\x12\x1e\n\x1a\x46\x41ILURE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x46\x41ILURE_REASON_INVALID\x10\x01\x12\x1d\n\x19\x46\x41ILURE_REASON_QUEUE_FULL\x10\x02\x12\x1b\n\x17\x46\x41ILURE_REASON_STOPPING\x10\x03\x12\x1b\n\x17\x46\x41ILURE_REASON_INTERNAL\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa2\x01\n\x08Verifier\x12G\n\x0cGetModelInfo\x12\x1e.specserve.v1.ModelInfoRequest\x1a\x17.specserve.v1.ModelInfo\x12M\n\x08Generate\x12\x1d.specserve.v1.GenerateRequest\x1a\x1e.specserve.v1.GenerateResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.verifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=647
-  _globals['_FINISHREASON']._serialized_end=742
-  _globals['_GENERATEREQUEST']._serialized_start=59
-  _globals['_GENERATEREQUEST']._serialized_end=358
-  _globals['_GENERATERESPONSE']._serialized_start=361
-  _globals['_GENERATERESPONSE']._serialized_end=567
-  _globals['_TOKENLOGPROB']._serialized_start=569
-  _globals['_TOKENLOGPROB']._serialized_end=645
-  _globals['_VERIFIER']._serialized_start=745
-  _globals['_VERIFIER']._serialized_end=905
+  _globals['_FAILUREREASON']._serialized_start=1026
+  _globals['_FAILUREREASON']._serialized_end=1190
+  _globals['_FINISHREASON']._serialized_start=1192
+  _globals['_FINISHREASON']._serialized_end=1287
+  _globals['_GENERATEREQUEST']._serialized_start=58
+  _globals['_GENERATEREQUEST']._serialized_end=135
+  _globals['_BEGINSEQUENCE']._serialized_start=138
+  _globals['_BEGINSEQUENCE']._serialized_end=456
+  _globals['_GENERATERESPONSE']._serialized_start=459
+  _globals['_GENERATERESPONSE']._serialized_end=591
+  _globals['_SEQUENCEOUTPUT']._serialized_start=594
+  _globals['_SEQUENCEOUTPUT']._serialized_end=819
+  _globals['_SEQUENCEFAILURE']._serialized_start=821
+  _globals['_SEQUENCEFAILURE']._serialized_end=945
+  _globals['_TOKENLOGPROB']._serialized_start=947
+  _globals['_TOKENLOGPROB']._serialized_end=1023
+  _globals['_VERIFIER']._serialized_start=1290
+  _globals['_VERIFIER']._serialized_end=1452
 # @@protoc_insertion_point(module_scope)

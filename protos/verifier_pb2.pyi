@@ -20,6 +20,31 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _FailureReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FailureReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FailureReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAILURE_REASON_UNSPECIFIED: _FailureReason.ValueType  # 0
+    FAILURE_REASON_INVALID: _FailureReason.ValueType  # 1
+    """It can never run."""
+    FAILURE_REASON_QUEUE_FULL: _FailureReason.ValueType  # 2
+    FAILURE_REASON_STOPPING: _FailureReason.ValueType  # 3
+    """The verifier is stopping; another one can go on with the tokens so far."""
+    FAILURE_REASON_INTERNAL: _FailureReason.ValueType  # 4
+
+class FailureReason(_FailureReason, metaclass=_FailureReasonEnumTypeWrapper): ...
+
+FAILURE_REASON_UNSPECIFIED: FailureReason.ValueType  # 0
+FAILURE_REASON_INVALID: FailureReason.ValueType  # 1
+"""It can never run."""
+FAILURE_REASON_QUEUE_FULL: FailureReason.ValueType  # 2
+FAILURE_REASON_STOPPING: FailureReason.ValueType  # 3
+"""The verifier is stopping; another one can go on with the tokens so far."""
+FAILURE_REASON_INTERNAL: FailureReason.ValueType  # 4
+Global___FailureReason: _TypeAlias = FailureReason  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -43,8 +68,39 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
+    """Applied in the order of the fields."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
+    BEGIN_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def begin(self) -> _containers.RepeatedCompositeFieldContainer[Global___BeginSequence]: ...
+    @_builtins.property
+    def cancel(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Frees what these hold within one engine step; outputs that are on the way may still come. Those that have ended are
+        ignored.
+        """
+
+    def __init__(
+        self,
+        *,
+        begin: _abc.Iterable[Global___BeginSequence] | None = ...,
+        cancel: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "cancel", b"cancel"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class BeginSequence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
@@ -54,13 +110,15 @@ class GenerateRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     SPECULATIVE_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    """Chosen by the caller, larger than those before it on the stream."""
     request_id: _builtins.str
     """Chosen by the caller; for logs."""
     max_new_tokens: _builtins.int
     top_logprobs: _builtins.int
     """Report the log-probabilities of the chosen tokens and of this many most likely tokens at each position."""
     prompt_logprobs: _builtins.bool
-    """Report them for the prompt's tokens too, in the first response."""
+    """Report them for the prompt's tokens too, in the first output."""
     speculative: _builtins.bool
     """Whether drafts may be made for the sequence; absent: true. Changes its speed, never its tokens."""
     @_builtins.property
@@ -80,6 +138,7 @@ class GenerateRequest(_message.Message):
     def __init__(
         self,
         *,
+        sequence_id: _builtins.int = ...,
         request_id: _builtins.str = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         generated_token_ids: _abc.Iterable[_builtins.int] | None = ...,
@@ -92,7 +151,7 @@ class GenerateRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_speculative", b"_speculative", "_top_logprobs", b"_top_logprobs", "sampling", b"sampling", "speculative", b"speculative", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speculative", b"_speculative", "_top_logprobs", b"_top_logprobs", "generated_token_ids", b"generated_token_ids", "max_new_tokens", b"max_new_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "speculative", b"speculative", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_speculative", b"_speculative", "_top_logprobs", b"_top_logprobs", "generated_token_ids", b"generated_token_ids", "max_new_tokens", b"max_new_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "speculative", b"speculative", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__speculative: _TypeAlias = _typing.Literal["speculative"]  # noqa: Y015
     _WhichOneofArgType__speculative: _TypeAlias = _typing.Literal["_speculative", b"_speculative"]  # noqa: Y015
@@ -103,26 +162,60 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprobs) -> _WhichOneofReturnType__top_logprobs | None: ...
 
-Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+Global___BeginSequence: _TypeAlias = BeginSequence  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
+    """Of each sequence first its admission, then its outputs, of which the last has a finish reason, or its failure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADMITTED_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def admitted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sequences that are queued now."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]: ...
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailure]: ...
+    def __init__(
+        self,
+        *,
+        admitted: _abc.Iterable[_builtins.int] | None = ...,
+        outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
+        failures: _abc.Iterable[Global___SequenceFailure] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "failures", b"failures", "outputs", b"outputs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class SequenceOutput(_message.Message):
     """One engine step's worth of output of a sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     LLM_STEPS_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
     finish_reason: Global___FinishReason.ValueType
-    """Set in the last response only."""
+    """Set in the last output only."""
     llm_steps: _builtins.int
     """Steps of the large model that the sequence took part in so far, not counting the prompt's."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens accepted in this step, at least one unless the response carries only prompt_logprobs."""
+        """Tokens accepted in this step, at least one unless the output carries only prompt_logprobs."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
@@ -135,6 +228,7 @@ class GenerateResponse(_message.Message):
     def __init__(
         self,
         *,
+        sequence_id: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
@@ -143,11 +237,42 @@ class GenerateResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "llm_steps", b"llm_steps", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "llm_steps", b"llm_steps", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+Global___SequenceOutput: _TypeAlias = SequenceOutput  # noqa: Y015
+
+@_typing.final
+class SequenceFailure(_message.Message):
+    """A sequence ends without a finish reason; nothing more comes of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    reason: Global___FailureReason.ValueType
+    message: _builtins.str
+    retry_after_ms: _builtins.int
+    """Of a full queue: when to try again."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        reason: Global___FailureReason.ValueType = ...,
+        message: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceFailure: _TypeAlias = SequenceFailure  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):

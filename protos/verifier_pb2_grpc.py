@@ -41,7 +41,7 @@ class VerifierStub:
                 request_serializer=protos_dot_tree__pb2.ModelInfoRequest.SerializeToString,
                 response_deserializer=protos_dot_tree__pb2.ModelInfo.FromString,
                 _registered_method=True)
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/specserve.v1.Verifier/Generate',
                 request_serializer=protos_dot_verifier__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_verifier__pb2.GenerateResponse.FromString,
@@ -58,11 +58,11 @@ class VerifierServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Generate(self, request, context):
-        """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
-        call frees everything that the sequence holds within one engine step.
-        Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
-        INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
+    def Generate(self, request_iterator, context):
+        """One stream for each gateway, on which its sequences begin and end; what a step gave all of them comes in one message,
+        since a message costs more than what is in it. Of a caller that has half-closed its side all sequences are answered,
+        then the stream ends. A stream that breaks or is cancelled frees what its sequences hold within one engine step.
+        Fails with INVALID_ARGUMENT when sequence ids do not rise. What fails one sequence is in the messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +76,7 @@ def add_VerifierServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_tree__pb2.ModelInfoRequest.FromString,
                     response_serializer=protos_dot_tree__pb2.ModelInfo.SerializeToString,
             ),
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=protos_dot_verifier__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_verifier__pb2.GenerateResponse.SerializeToString,
@@ -121,7 +121,7 @@ class Verifier:
             _registered_method=True)
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -131,8 +131,8 @@ class Verifier:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/specserve.v1.Verifier/Generate',
             protos_dot_verifier__pb2.GenerateRequest.SerializeToString,

@@ -35,11 +35,11 @@ class VerifierStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VerifierAsyncStub: ...
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_tree_pb2.ModelInfoRequest, _tree_pb2.ModelInfo]
-    Generate: _grpc.UnaryStreamMultiCallable[_verifier_pb2.GenerateRequest, _verifier_pb2.GenerateResponse]
-    """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
-    call frees everything that the sequence holds within one engine step.
-    Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
-    INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
+    Generate: _grpc.StreamStreamMultiCallable[_verifier_pb2.GenerateRequest, _verifier_pb2.GenerateResponse]
+    """One stream for each gateway, on which its sequences begin and end; what a step gave all of them comes in one message,
+    since a message costs more than what is in it. Of a caller that has half-closed its side all sequences are answered,
+    then the stream ends. A stream that breaks or is cancelled frees what its sequences hold within one engine step.
+    Fails with INVALID_ARGUMENT when sequence ids do not rise. What fails one sequence is in the messages.
     """
 
 @_typing.type_check_only
@@ -48,11 +48,11 @@ class VerifierAsyncStub(VerifierStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_tree_pb2.ModelInfoRequest, _tree_pb2.ModelInfo]  # type: ignore[assignment]
-    Generate: _aio.UnaryStreamMultiCallable[_verifier_pb2.GenerateRequest, _verifier_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
-    call frees everything that the sequence holds within one engine step.
-    Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
-    INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
+    Generate: _aio.StreamStreamMultiCallable[_verifier_pb2.GenerateRequest, _verifier_pb2.GenerateResponse]  # type: ignore[assignment]
+    """One stream for each gateway, on which its sequences begin and end; what a step gave all of them comes in one message,
+    since a message costs more than what is in it. Of a caller that has half-closed its side all sequences are answered,
+    then the stream ends. A stream that breaks or is cancelled frees what its sequences hold within one engine step.
+    Fails with INVALID_ARGUMENT when sequence ids do not rise. What fails one sequence is in the messages.
     """
 
 class VerifierServicer(metaclass=_abc_1.ABCMeta):
@@ -68,13 +68,13 @@ class VerifierServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Generate(
         self,
-        request: _verifier_pb2.GenerateRequest,
+        request_iterator: _MaybeAsyncIterator[_verifier_pb2.GenerateRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_verifier_pb2.GenerateResponse], _abc.AsyncIterator[_verifier_pb2.GenerateResponse]]:
-        """Generates one sequence. The initial metadata "specserve-admitted" comes as soon as it is queued. Cancelling the
-        call frees everything that the sequence holds within one engine step.
-        Fails with RESOURCE_EXHAUSTED when the queue is full (trailing metadata "retry-after-ms" says when to try again),
-        INVALID_ARGUMENT for a request that can never run, UNAVAILABLE while draining.
+        """One stream for each gateway, on which its sequences begin and end; what a step gave all of them comes in one message,
+        since a message costs more than what is in it. Of a caller that has half-closed its side all sequences are answered,
+        then the stream ends. A stream that breaks or is cancelled frees what its sequences hold within one engine step.
+        Fails with INVALID_ARGUMENT when sequence ids do not rise. What fails one sequence is in the messages.
         """
 
 def add_VerifierServicer_to_server(servicer: VerifierServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -65,13 +65,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class StatusError(Exception):
-    """Raised by a handler: ends the call with this status, message and trailing metadata."""
+    """Raised by a handler: ends the call with this status and message."""
 
-    def __init__(self, code: grpc.StatusCode, message: str, trailing: Mapping[str, str] | None = None) -> None:
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.trailing = tuple((trailing or {}).items())
 
 
 def status_of(error: Exception) -> StatusError:
@@ -155,7 +154,7 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
     status = status_of(error)
     if status.code is grpc.StatusCode.INTERNAL:
         log.error("a call failed", exc_info=error)
-    await context.abort(status.code, status.message, status.trailing)
+    await context.abort(status.code, status.message)
 
 
 def aio_server(lifecycle: Lifecycle, exempt: frozenset[str] = frozenset()) -> grpc.aio.Server:

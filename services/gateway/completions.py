@@ -34,7 +34,6 @@ class Completion:
     """Runs a plan: `admit`, then `run`; `cancel` at the end, whatever happened.
 
     arrived: time.monotonic() of the request's arrival.
-    deadline: time of the event loop by which all choices must end.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class Completion:
         metrics: GatewayMetrics,
         *,
         arrived: float,
-        deadline: float,
         resume: ResumePolicy,
     ) -> None:
         self._plan = plan
@@ -57,7 +55,7 @@ class Completion:
         self._arrived = arrived
         self._lock = asyncio.Lock()
         self._generations = [
-            Generation(verifiers, sequence, deadline, resume, metrics.retries.inc)
+            Generation(verifiers, sequence, resume, metrics.retries.inc)
             for sequence in plan.sequences
             if _needs_verifier(sequence)
         ]

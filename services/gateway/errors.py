@@ -10,7 +10,6 @@ from services.gateway.generation import (
     VerifierBusy,
     VerifierError,
     VerifierRefused,
-    VerifierTimeout,
     VerifierUnavailable,
 )
 
@@ -73,8 +72,6 @@ def from_verifier(error: VerifierError) -> ApiError:
             return ApiError(429, message, code="queue_full", retry_after_s=seconds)
         case VerifierRefused():
             return ApiError(400, message, code="refused")
-        case VerifierTimeout():
-            return ApiError(504, message, code="timeout")
         case VerifierUnavailable():
             return ApiError(503, message, code="verifier_unavailable", retry_after_s=RETRY_AFTER_S)
         case ModelMismatch():

@@ -102,7 +102,6 @@ class CompletionResponse(Response):
         gateway = self._gateway
         writer = ResponseWriter(plan, int(time.time()))
         reply: Reply = EventReply(send, writer) if plan.request.stream else JsonReply(send, writer, len(plan.sequences))
-        deadline = asyncio.get_running_loop().time() + gateway.settings.request_timeout_s
         completion = Completion(
             plan,
             gateway.tokenizer,
@@ -110,13 +109,12 @@ class CompletionResponse(Response):
             gateway.records,
             gateway.metrics,
             arrived=self._arrived,
-            deadline=deadline,
             resume=gateway.resume,
         )
         failure: ApiError | None = None
         state, status = State.FAILED, 500
         try:
-            async with gateway.time_limit(deadline):
+            async with gateway.time_limit():
                 await _until_disconnect(receive, _run(completion, reply, gateway, plan.request_id))
             state, status = State.FINISHED, 200
         except ClientDisconnect:

@@ -41,9 +41,9 @@ class Gateway:
         return ResumePolicy(self.settings.resume_timeout_s, self.settings.resume_attempts)
 
     @asynccontextmanager
-    async def time_limit(self, deadline: float) -> AsyncIterator[None]:
-        """TimeoutError at the deadline, or when the drain's time is over."""
-        async with asyncio.timeout_at(deadline) as limit:
+    async def time_limit(self) -> AsyncIterator[None]:
+        """TimeoutError when a request has taken too long, or when the drain's time is over."""
+        async with asyncio.timeout(self.settings.request_timeout_s) as limit:
             self._limits.add(limit)
             try:
                 yield

@@ -107,10 +107,6 @@ class VerifierRefused(VerifierError):
     """The request can never run."""
 
 
-class VerifierTimeout(VerifierError):
-    """The deadline of the request passed."""
-
-
 class VerifierFailed(VerifierError):
     """Anything else: a fault of the verifier, or an answer that breaks the protocol."""
 

@@ -15,7 +15,7 @@ from services.gateway.generation import (
     VerifierError,
     VerifierUnavailable,
 )
-from services.gateway.wire import GenerateStream, VerifierClient
+from services.gateway.verifier_client import RemoteSequence, VerifierClient
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Replica:
     """A verifier at one address. `watch` runs for as long as it is one of the gateway's.
 
     check: raises ModelMismatch when the facts are not those of the gateway's model.
-    facts: of its model, None while it is away or refused. streams: generations open there by this gateway.
+    facts: of its model, None while it is away or refused. sequences: open there by this gateway.
     listed: whether its name still resolves to its address.
     """
 
@@ -41,7 +41,7 @@ class Replica:
     ) -> None:
         self.address = address
         self.facts: ModelFacts | None = None
-        self.streams = 0
+        self.sequences = 0
         self.listed = True
         self._serving = False
         self._security = security
@@ -91,14 +91,12 @@ class Replica:
                 self._set(None, False)
             await asyncio.sleep(RETRY_S)
 
-    def generate(
-        self, request: GenerationRequest, generated_token_ids: Sequence[int], timeout_s: float
-    ) -> GenerateStream:
+    def generate(self, request: GenerationRequest, generated_token_ids: Sequence[int]) -> RemoteSequence:
         """Begin to generate here."""
-        stream = self._client.generate(request, generated_token_ids, timeout_s, on_end=self._ended)
-        self.streams += 1
+        sequence = self._client.generate(request, generated_token_ids, on_end=self._ended)
+        self.sequences += 1
         self._on_change(self)
-        return stream
+        return sequence
 
     async def close(self) -> None:
         """Cancel what is open."""
@@ -113,7 +111,7 @@ class Replica:
             await old.close()
 
     def _ended(self) -> None:
-        self.streams -= 1
+        self.sequences -= 1
         self._on_change(self)
 
     def _set(self, facts: ModelFacts | None, serving: bool) -> None:

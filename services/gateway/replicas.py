@@ -22,7 +22,7 @@ from services.gateway.generation import (
 )
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.replica import Replica
-from services.gateway.wire import GenerateStream
+from services.gateway.verifier_client import RemoteSequence
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class Replicas:
         return await self.facts()
 
     async def open(
-        self, request: GenerationRequest, generated_token_ids: Sequence[int], timeout_s: float, *, meet: bool
-    ) -> GenerateStream:
+        self, request: GenerationRequest, generated_token_ids: Sequence[int], *, meet: bool
+    ) -> RemoteSequence:
         """Return once a replica has admitted the sequence, the least loaded one that does.
 
         meet: ask a replica again for its model first: it may be another one than when the request began.
@@ -87,11 +87,11 @@ class Replicas:
         await self.facts()
         usable = [replica for replica in self._replicas.values() if replica.usable]
         failures: list[VerifierError] = []
-        for replica in sorted(usable, key=lambda replica: (replica.streams, random.random())):
+        for replica in sorted(usable, key=lambda replica: (replica.sequences, random.random())):
             try:
                 if meet:
                     await replica.meet()
-                return await _admitted(replica, request, generated_token_ids, timeout_s)
+                return await _admitted(replica, request, generated_token_ids)
             except (VerifierUnavailable, VerifierBusy, ModelMismatch) as error:
                 failures.append(error)
         raise _most_hopeful(failures)
@@ -150,7 +150,7 @@ class Replicas:
             self._watches[address] = asyncio.create_task(replica.watch())
         for address, replica in list(self._replicas.items()):
             replica.listed = address in addresses
-            if not replica.listed and replica.streams == 0:
+            if not replica.listed and replica.sequences == 0:
                 await self._retire(address)
 
     async def _retire(self, address: Address) -> None:
@@ -165,23 +165,21 @@ class Replicas:
     def _report(self, replica: Replica) -> None:
         if self._replicas.get(replica.address) is replica:
             self._metrics.verifier_up.labels(str(replica.address)).set(replica.usable)
-            self._metrics.verifier_streams.labels(str(replica.address)).set(replica.streams)
+            self._metrics.verifier_streams.labels(str(replica.address)).set(replica.sequences)
 
 
-async def _admitted(
-    replica: Replica, request: GenerationRequest, generated_token_ids: Sequence[int], timeout_s: float
-) -> GenerateStream:
+async def _admitted(replica: Replica, request: GenerationRequest, generated_token_ids: Sequence[int]) -> RemoteSequence:
     if replica.facts is not None and replica.facts.model != request.model:
         raise ModelMismatch(
             f"the request began with model {request.model}; the verifier now serves {replica.facts.model}"
         )
-    stream = replica.generate(request, generated_token_ids, timeout_s)
+    sequence = replica.generate(request, generated_token_ids)
     try:
-        await stream.admitted()
+        await sequence.admitted()
     except BaseException:
-        stream.cancel()
+        sequence.cancel()
         raise
-    return stream
+    return sequence
 
 
 def _comparable(name: str, facts: ModelFacts) -> object:

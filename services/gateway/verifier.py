@@ -13,11 +13,10 @@ from services.gateway.generation import (
     Step,
     VerifierBusy,
     VerifierError,
-    VerifierTimeout,
     VerifierUnavailable,
 )
 from services.gateway.replicas import Replicas
-from services.gateway.wire import GenerateStream
+from services.gateway.verifier_client import RemoteSequence
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +60,12 @@ class Generation:
     queues are waited for, too.
 
     on_retry: called before each attempt to resume.
-    deadline: time of the running event loop by which the generation must end.
     """
 
     def __init__(
         self,
         replicas: Replicas,
         request: GenerationRequest,
-        deadline: float,
         policy: ResumePolicy,
         on_retry: Callable[[], None],
     ) -> None:
@@ -76,26 +73,22 @@ class Generation:
         self._policy = policy
         self._on_retry = on_retry
         self._request = request
-        self._deadline = deadline
         self._generated: list[int] = []
         self._steps_before = 0
         self._steps = 0
-        self._stream: GenerateStream | None = None
+        self._sequence: RemoteSequence | None = None
         self._outage: _Outage | None = None
 
     async def open(self, *, again: bool = False) -> None:
         """Return once a verifier has admitted the sequence; VerifierError if none does. again: after a loss."""
-        left = self._deadline - asyncio.get_running_loop().time()
-        if left <= 0:
-            raise VerifierTimeout("the request's time is over")
-        self._stream = await self._replicas.open(self._request, self._generated, left, meet=again)
+        self._sequence = await self._replicas.open(self._request, self._generated, meet=again)
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """The steps up to the one with a finish reason; `open` first."""
-        assert self._stream is not None, "open the generation first"
+        assert self._sequence is not None, "open the generation first"
         while True:
             try:
-                async for step in self._stream.steps():
+                async for step in self._sequence.steps():
                     yield self._keep(step)
                 return
             except VerifierUnavailable as error:
@@ -104,8 +97,8 @@ class Generation:
 
     def cancel(self) -> None:
         """Free what the sequence holds on its verifier."""
-        if self._stream is not None:
-            self._stream.cancel()
+        if self._sequence is not None:
+            self._sequence.cancel()
 
     def _keep(self, step: Step) -> Step:
         """Remember what a next attempt needs to know."""

@@ -1,17 +1,12 @@
-"""The verifier's service as the gateway calls it. The only module of the gateway that touches protobuf and gRPC."""
+"""Protobuf to the gateway's own terms and back."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
-import grpc
 import grpc.aio
 
-from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
-from services.common.grpc_setup import aio_channel, is_serving, wait_not_serving
-from services.common.tls import Security
-from services.gateway.addresses import Address
+from protos import tree_pb2, verifier_pb2
 from services.gateway.generation import (
     FinishReason,
     GenerationRequest,
@@ -20,150 +15,65 @@ from services.gateway.generation import (
     Sampling,
     Step,
     VerifierBusy,
+    VerifierError,
     VerifierFailed,
     VerifierRefused,
-    VerifierTimeout,
     VerifierUnavailable,
 )
 
-RETRY_AFTER_KEY = "retry-after-ms"
-# Initial metadata with which a verifier says "admitted" before the first token is there.
-ADMITTED_KEY = "specserve-admitted"
 DEFAULT_RETRY_AFTER_MS = 1000
 
-_Call = grpc.aio.UnaryStreamCall[verifier_pb2.GenerateRequest, verifier_pb2.GenerateResponse]
+
+def begin_sequence(
+    sequence_id: int, request: GenerationRequest, generated_token_ids: Sequence[int]
+) -> verifier_pb2.BeginSequence:
+    """generated_token_ids: what an earlier attempt produced."""
+    return verifier_pb2.BeginSequence(
+        sequence_id=sequence_id,
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        generated_token_ids=generated_token_ids,
+        sampling=_sampling_message(request.sampling),
+        max_new_tokens=request.max_new_tokens,
+        stop_token_ids=request.stop_token_ids,
+        top_logprobs=request.top_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        speculative=request.speculative,
+    )
 
 
-class VerifierClient:
-    """Calls to one verifier.
-
-    Every method fails with a VerifierError; none retries. A verifier that comes back is found within a second.
-    """
-
-    def __init__(self, address: Address, security: Security) -> None:
-        self._channel = aio_channel(str(address), security, address.name)
-        self._stub = verifier_pb2_grpc.VerifierStub(self._channel)
-
-    async def close(self) -> None:
-        """Cancel what is open."""
-        await self._channel.close()
-
-    async def serving(self, timeout_s: float) -> bool:
-        """Whether the verifier's health check says SERVING within the time."""
-        return await is_serving(self._channel, timeout_s=timeout_s)
-
-    async def wait_not_serving(self) -> None:
-        """Return when it says that it takes no more requests; VerifierUnavailable when the connection is lost."""
-        try:
-            await wait_not_serving(self._channel)
-        except grpc.aio.AioRpcError as error:
-            _raise_mapped(error)
-
-    async def model_facts(self, timeout_s: float) -> ModelFacts:
-        """Facts of the model that the verifier serves."""
-        try:
-            info: tree_pb2.ModelInfo = await self._stub.GetModelInfo(tree_pb2.ModelInfoRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise VerifierUnavailable(f"the verifier gave no model facts within {timeout_s:g} s") from error
-            _raise_mapped(error)
-        return ModelFacts(
-            model=info.model,
-            vocab_size=info.vocab_size,
-            context_length=info.context_length,
-            tokenizer_hash=info.tokenizer_hash,
-            eos_token_ids=tuple(info.eos_token_ids),
-            device=info.device,
-            dtype=info.dtype,
-            kernels=info.kernels,
-        )
-
-    def generate(
-        self,
-        request: GenerationRequest,
-        generated_token_ids: Sequence[int],
-        timeout_s: float,
-        on_end: Callable[[], None],
-    ) -> GenerateStream:
-        """Begin to generate behind `generated_token_ids`, which an earlier attempt produced.
-
-        on_end: called once when the call is over, however it ended.
-        """
-        message = verifier_pb2.GenerateRequest(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            generated_token_ids=generated_token_ids,
-            sampling=_sampling_message(request.sampling),
-            max_new_tokens=request.max_new_tokens,
-            stop_token_ids=request.stop_token_ids,
-            top_logprobs=request.top_logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-            speculative=request.speculative,
-        )
-        call = self._stub.Generate(message, timeout=timeout_s)
-        call.add_done_callback(lambda _: on_end())
-        return GenerateStream(call)
+def model_facts(info: tree_pb2.ModelInfo) -> ModelFacts:
+    return ModelFacts(
+        model=info.model,
+        vocab_size=info.vocab_size,
+        context_length=info.context_length,
+        tokenizer_hash=info.tokenizer_hash,
+        eos_token_ids=tuple(info.eos_token_ids),
+        device=info.device,
+        dtype=info.dtype,
+        kernels=info.kernels,
+    )
 
 
-class GenerateStream:
-    """One `Generate` call."""
-
-    def __init__(self, call: _Call) -> None:
-        self._call = call
-        self._first: verifier_pb2.GenerateResponse | None = None
-
-    async def admitted(self) -> None:
-        """Return once the verifier has taken the sequence; raise what it answered if it has not."""
-        try:
-            metadata = await self._call.initial_metadata()
-            if ADMITTED_KEY not in dict(metadata or ()):
-                self._first = await self._read()
-        except grpc.aio.AioRpcError as error:
-            _raise_mapped(error)
-
-    async def steps(self) -> AsyncIterator[Step]:
-        """The steps, up to and with the one that has a finish reason."""
-        while True:
-            try:
-                response = self._first or await self._read()
-            except grpc.aio.AioRpcError as error:
-                _raise_mapped(error)
-            self._first = None
-            step = _step(response)
-            yield step
-            if step.finish_reason is not None:
-                await self._call.code()  # the call is over when its status is here
-                return
-
-    def cancel(self) -> None:
-        """Free what the sequence holds; nothing happens when the call has ended."""
-        self._call.cancel()
-
-    async def _read(self) -> verifier_pb2.GenerateResponse:
-        response = await self._call.read()
-        if isinstance(response, verifier_pb2.GenerateResponse):
-            return response
-        raise VerifierFailed("the verifier ended the generation without a finish reason")
-
-
-def _raise_mapped(error: grpc.aio.AioRpcError) -> NoReturn:
+def error_of_call(error: grpc.aio.AioRpcError) -> VerifierError:
+    """What the end of a call means for all that it was for."""
     code, details = error.code(), error.details() or "no details"
-    match code:
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            raise VerifierBusy(f"the queue is full: {details}", _retry_after_ms(error)) from error
-        case grpc.StatusCode.INVALID_ARGUMENT:
-            raise VerifierRefused(details) from error
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise VerifierTimeout("the request's time is over") from error
-        case grpc.StatusCode.UNAVAILABLE:
-            raise VerifierUnavailable(f"the verifier is unavailable: {details}") from error
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return VerifierUnavailable(f"the verifier is unavailable: {details}")
+    return VerifierFailed(f"the verifier failed with {code.name}: {details}")
+
+
+def error_of_sequence(failure: verifier_pb2.SequenceFailure) -> VerifierError:
+    message = failure.message or "no details"
+    match failure.reason:
+        case verifier_pb2.FAILURE_REASON_QUEUE_FULL:
+            return VerifierBusy(f"the queue is full: {message}", failure.retry_after_ms or DEFAULT_RETRY_AFTER_MS)
+        case verifier_pb2.FAILURE_REASON_INVALID:
+            return VerifierRefused(message)
+        case verifier_pb2.FAILURE_REASON_STOPPING:
+            return VerifierUnavailable(f"the verifier is unavailable: {message}")
         case _:
-            raise VerifierFailed(f"the verifier failed with {code.name}: {details}") from error
-
-
-def _retry_after_ms(error: grpc.aio.AioRpcError) -> int:
-    value = dict(error.trailing_metadata() or ()).get(RETRY_AFTER_KEY, "")
-    return int(value) if isinstance(value, str) and value.isdecimal() else DEFAULT_RETRY_AFTER_MS
+            return VerifierFailed(f"the verifier failed: {message}")
 
 
 def _sampling_message(sampling: Sampling) -> tree_pb2.SamplingParams:
@@ -187,17 +97,18 @@ _FINISH_REASONS = {
 }
 
 
-def _step(response: verifier_pb2.GenerateResponse) -> Step:
-    if response.logprobs and len(response.logprobs) != len(response.token_ids):
+def step(output: verifier_pb2.SequenceOutput) -> Step:
+    """Raises VerifierFailed when it is not what was asked for."""
+    if output.logprobs and len(output.logprobs) != len(output.token_ids):
         raise VerifierFailed(
-            f"the verifier sent {len(response.logprobs)} log-probabilities for {len(response.token_ids)} tokens"
+            f"the verifier sent {len(output.logprobs)} log-probabilities for {len(output.token_ids)} tokens"
         )
     return Step(
-        token_ids=tuple(response.token_ids),
-        logprobs=tuple(_logprob(entry) for entry in response.logprobs),
-        prompt_logprobs=tuple(_logprob(entry) for entry in response.prompt_logprobs),
-        finish_reason=_FINISH_REASONS[response.finish_reason],
-        llm_steps=response.llm_steps,
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(_logprob(entry) for entry in output.logprobs),
+        prompt_logprobs=tuple(_logprob(entry) for entry in output.prompt_logprobs),
+        finish_reason=_FINISH_REASONS[output.finish_reason],
+        llm_steps=output.llm_steps,
     )
 
 

@@ -90,5 +90,8 @@ class StepOutput:
     finish_reason: FinishReason | None = None
 
 
+SequenceEvent = StepOutput | Exception | None
+"""What becomes of a sequence: it is queued (None), a step gives it tokens, or it fails."""
+
 Sink = Callable[[StepOutput | Exception], None]
 """Called from the engine's thread with every output, then, if the sequence fails, with the error; must not block."""

@@ -10,22 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 from prometheus_client import CollectorRegistry
 
-from protos import tree_pb2, verifier_pb2
-from protos.verifier_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
+from protos.verifier_pb2_grpc import add_VerifierServicer_to_server
 from runtime.parallel.group import Group
 from runtime.parallel.model import LeadingModel, RankModel
 from runtime.parallel.place import Place
 from runtime.step_model import StepModel
 from runtime.transformer import Transformer
-from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
+from services.common.grpc_setup import Endpoint, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.model_facts import ModelFacts, ModelMismatch
 from services.common.tls import security_of
-from services.verifier import wire
 from services.verifier.budget import DraftBudget, WholeDrafts
 from services.verifier.drafts import DraftCollector, DraftSettings, DraftSource
 from services.verifier.engine import Engine
@@ -36,74 +33,15 @@ from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
 from services.verifier.ranks import joined, options_of
-from services.verifier.request import EngineStopped, InvalidRequest, QueueFull, Sink, StepOutput
 from services.verifier.runner import Runner
 from services.verifier.scheduler import Scheduler, SchedulerSettings
+from services.verifier.servicer import SERVICE, UNCOUNTED, Servicer
 from services.verifier.settings import VerifierSettings
 from services.verifier.speculator_link import SpeculatorLink
 from services.verifier.step_times import StepTimes
 from speculation.step_curve import StepCurve
 
 log = logging.getLogger(__name__)
-
-SERVICE = "specserve.v1.Verifier"
-# Sent as soon as a sequence is queued, so that its caller need not wait for the first token to know.
-ADMITTED = (("specserve-admitted", "1"),)
-
-
-Outputs = asyncio.Queue[StepOutput | Exception]
-
-
-class Servicer(VerifierServicer):
-    """Generate streams what the engine gives; a cancelled call frees its sequence before the next step."""
-
-    def __init__(self, engine: Engine, facts: ModelFacts, outbox: Outbox) -> None:
-        self._engine = engine
-        self._facts = facts
-        self._outbox = outbox
-
-    async def GetModelInfo(
-        self, request: tree_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> tree_pb2.ModelInfo:
-        return self._facts.to_wire()
-
-    async def Generate(  # type: ignore[override]  # grpc.aio takes a coroutine that writes too; its stub does not say so
-        self,
-        request: verifier_pb2.GenerateRequest,
-        context: grpc.aio.ServicerContext[verifier_pb2.GenerateRequest, verifier_pb2.GenerateResponse],
-    ) -> None:
-        outputs: Outputs = asyncio.Queue()
-        sequence_id = self._submit(request, partial(self._outbox.put, outputs))
-        ended = False
-        try:
-            await context.send_initial_metadata(ADMITTED)
-            while not ended:
-                output = await outputs.get()
-                if isinstance(output, Exception):
-                    ended = True
-                    raise _failure(output)
-                ended = output.finish_reason is not None
-                await context.write(wire.generate_response(output))
-        finally:
-            if not ended:
-                self._engine.cancel(sequence_id)
-
-    def _submit(self, message: verifier_pb2.GenerateRequest, sink: Sink) -> int:
-        try:
-            return self._engine.submit(wire.generation_request(message), sink)
-        except InvalidRequest as error:
-            raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
-        except EngineStopped as error:
-            raise _failure(error) from None
-        except QueueFull as error:
-            metadata = {"retry-after-ms": str(error.retry_after_ms)}
-            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), metadata) from None
-
-
-def _failure(error: Exception) -> StatusError:
-    """UNAVAILABLE where another verifier can go on with the tokens so far, else INTERNAL."""
-    unavailable = isinstance(error, EngineStopped)
-    return StatusError(grpc.StatusCode.UNAVAILABLE if unavailable else grpc.StatusCode.INTERNAL, str(error))
 
 
 @asynccontextmanager
@@ -134,8 +72,8 @@ async def serve(
             _budget(settings, loaded, runner, sources, metrics) as budget,
         ):
             engine = _build_engine(settings, loaded, runner, budget, sources, metrics, lifecycle)
-            server = aio_server(lifecycle)
-            add_VerifierServicer_to_server(Servicer(engine, loaded.facts, outbox), server)
+            server = aio_server(lifecycle, UNCOUNTED)
+            add_VerifierServicer_to_server(Servicer(engine, loaded.facts, outbox, lifecycle), server)
             endpoint = Endpoint(settings.host, settings.port, settings.health_port)
             if group is not None:
                 group.on_failure = engine.abort

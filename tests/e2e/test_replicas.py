@@ -13,12 +13,11 @@ from pathlib import Path
 import openai
 import pytest
 
-from protos.verifier_pb2_grpc import VerifierStub
 from services.common.grpc_setup import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS, channel
 from services.common.tls import INSECURE
 from services.launcher.settings import EMBEDDED_LLM
 from tests.services.gateway.conftest import RunningGateway, counter, gateway_starter, wait_until
-from tests.services.harness import request
+from tests.services.harness import Begun, request
 
 START_TIMEOUT_S = 90.0
 TOKENS = 60
@@ -90,10 +89,10 @@ def replicas(module_replicas: Replicas) -> Replicas:
 def filled(address: str) -> Iterator[None]:
     """The verifier's only place and its queue are taken."""
     with channel(address, INSECURE) as connection:
-        running = VerifierStub(connection).Generate(request([5, 6, 7], 400))
-        next(running)
-        waiting = VerifierStub(connection).Generate(request([5, 6, 7], 400))
-        assert dict(waiting.initial_metadata() or ()).get("specserve-admitted")
+        running = Begun(connection, request([5, 6, 7], 400))
+        next(running.outputs())
+        waiting = Begun(connection, request([5, 6, 7], 400))
+        waiting.admitted()
         try:
             yield
         finally:

@@ -127,12 +127,46 @@ def services() -> Iterator[Services]:
 
 @dataclass(frozen=True)
 class Generated:
-    """What one Generate call streamed."""
+    """What came of one sequence."""
 
     token_ids: list[int]
     finish_reason: int
     llm_steps: int
-    responses: list[verifier_pb2.GenerateResponse] = field(repr=False)
+    outputs: list[verifier_pb2.SequenceOutput] = field(repr=False)
+
+
+class SequenceFailed(Exception):
+    """A sequence ended without a finish reason."""
+
+    def __init__(self, failure: verifier_pb2.SequenceFailure) -> None:
+        super().__init__(failure.message)
+        self.reason = failure.reason
+        self.retry_after_ms = failure.retry_after_ms
+
+
+class Begun:
+    """One sequence on a stream of its own."""
+
+    def __init__(self, connection: grpc.Channel, sequence: verifier_pb2.BeginSequence) -> None:
+        messages = iter([verifier_pb2.GenerateRequest(begin=[sequence])])
+        self._call = VerifierStub(connection).Generate(messages, timeout=TIMEOUT_S)
+
+    def admitted(self) -> None:
+        """Return when it is queued; SequenceFailed if it is not."""
+        response = next(self._call)
+        for failure in response.failures:
+            raise SequenceFailed(failure)
+        assert response.admitted
+
+    def outputs(self) -> Iterator[verifier_pb2.SequenceOutput]:
+        """What its steps gave it; SequenceFailed if it fails."""
+        for response in self._call:
+            yield from response.outputs
+            for failure in response.failures:
+                raise SequenceFailed(failure)
+
+    def cancel(self) -> None:
+        self._call.cancel()
 
 
 class Verifier:
@@ -145,11 +179,9 @@ class Verifier:
     def generate(self, prompt: list[int], new_tokens: int, **options: Any) -> Generated:
         """Generate greedily unless `sampling` says otherwise; waits for the end."""
         with channel(self.address, INSECURE) as connection:
-            responses = list(
-                VerifierStub(connection).Generate(request(prompt, new_tokens, **options), timeout=TIMEOUT_S)
-            )
-        tokens = [token for response in responses for token in response.token_ids]
-        return Generated(tokens, responses[-1].finish_reason, responses[-1].llm_steps, responses)
+            outputs = list(Begun(connection, request(prompt, new_tokens, **options)).outputs())
+        tokens = [token for output in outputs for token in output.token_ids]
+        return Generated(tokens, outputs[-1].finish_reason, outputs[-1].llm_steps, outputs)
 
     def info(self) -> tree_pb2.ModelInfo:
         with channel(self.address, INSECURE) as connection:
@@ -165,8 +197,9 @@ GREEDY = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 def request(
     prompt: list[int], new_tokens: int, sampling: dict[str, Any] | None = None, **fields: Any
-) -> verifier_pb2.GenerateRequest:
-    return verifier_pb2.GenerateRequest(
+) -> verifier_pb2.BeginSequence:
+    return verifier_pb2.BeginSequence(
+        sequence_id=1,
         prompt_token_ids=prompt,
         max_new_tokens=new_tokens,
         sampling=tree_pb2.SamplingParams(**(GREEDY | (sampling or {}))),

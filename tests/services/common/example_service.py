@@ -40,12 +40,13 @@ class ExampleVerifier(verifier_pb2_grpc.VerifierServicer):
         raise ZeroDivisionError("a bug")
 
     async def Generate(
-        self, request: verifier_pb2.GenerateRequest, context: Any
+        self, request_iterator: AsyncIterator[verifier_pb2.GenerateRequest], context: Any
     ) -> AsyncIterator[verifier_pb2.GenerateResponse]:
-        if request.max_new_tokens == 0:
-            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", {"retry-after-ms": "250"})
-        for _ in range(request.max_new_tokens):
-            yield verifier_pb2.GenerateResponse(token_ids=[7])
+        request = await anext(aiter(request_iterator))
+        if not request.begin:
+            raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, "there is nothing to do")
+        for _ in range(request.begin[0].max_new_tokens):
+            yield verifier_pb2.GenerateResponse(outputs=[verifier_pb2.SequenceOutput(token_ids=[7])])
             await asyncio.sleep(PERIOD_S)
 
 

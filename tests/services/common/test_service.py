@@ -60,18 +60,23 @@ def stub_of(connection: grpc.Channel) -> verifier_pb2_grpc.VerifierStub:
     return verifier_pb2_grpc.VerifierStub(connection)
 
 
+def generate(connection: grpc.Channel, tokens: int) -> Any:
+    message = verifier_pb2.GenerateRequest(begin=[verifier_pb2.BeginSequence(max_new_tokens=tokens)])
+    return stub_of(connection).Generate(iter([message]), timeout=TIMEOUT_S)
+
+
 def test_a_drain_finishes_open_calls_refuses_new_ones_and_exits_with_0(start: Start) -> None:
     process = start()
     with channel(f"127.0.0.1:{port_of(process)}", INSECURE) as connection:
         health: Any = health_pb2_grpc.HealthStub(connection)  # its type stub lacks the calls
         watch = health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=TIMEOUT_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        call = stub_of(connection).Generate(verifier_pb2.GenerateRequest(max_new_tokens=40), timeout=TIMEOUT_S)
+        call = generate(connection, 40)
         next(call)
         process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(grpc.RpcError) as refused:
-            next(stub_of(connection).Generate(verifier_pb2.GenerateRequest(max_new_tokens=1), timeout=TIMEOUT_S))
+            next(generate(connection, 1))
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "shutting down" in str(refused.value.details())
         assert len(list(call)) == 39
@@ -84,7 +89,7 @@ def test_a_drain_finishes_open_calls_refuses_new_ones_and_exits_with_0(start: St
 def test_a_drain_that_runs_out_of_time_cancels_what_is_open(start: Start) -> None:
     process = start("--drain-timeout-s", "0.1")
     with channel(f"127.0.0.1:{port_of(process)}", INSECURE) as connection:
-        call = stub_of(connection).Generate(verifier_pb2.GenerateRequest(max_new_tokens=100_000), timeout=TIMEOUT_S)
+        call = generate(connection, 100_000)
         next(call)
         process.send_signal(signal.SIGINT)
         with pytest.raises(grpc.RpcError) as cancelled:
@@ -98,7 +103,7 @@ def test_a_drain_that_runs_out_of_time_cancels_what_is_open(start: Start) -> Non
 def test_a_second_signal_exits_at_once(start: Start) -> None:
     process = start("--drain-timeout-s", "60")
     with channel(f"127.0.0.1:{port_of(process)}", INSECURE) as connection:
-        call = stub_of(connection).Generate(verifier_pb2.GenerateRequest(max_new_tokens=100_000), timeout=TIMEOUT_S)
+        call = generate(connection, 100_000)
         next(call)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
@@ -140,12 +145,10 @@ def test_a_failure_while_serving_drains_and_exits_with_1(start: Start) -> None:
 
 def test_exceptions_become_statuses(start: Start) -> None:
     with channel(f"127.0.0.1:{port_of(start())}", INSECURE) as connection:
-        with pytest.raises(grpc.RpcError) as full:
-            next(stub_of(connection).Generate(verifier_pb2.GenerateRequest(), timeout=TIMEOUT_S))
-        assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert full.value.details() == "the queue is full"
-        trailing = {item.key: str(item.value) for item in full.value.trailing_metadata() or ()}
-        assert trailing["retry-after-ms"] == "250"
+        with pytest.raises(grpc.RpcError) as empty:
+            next(stub_of(connection).Generate(iter([verifier_pb2.GenerateRequest()]), timeout=TIMEOUT_S))
+        assert empty.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert empty.value.details() == "there is nothing to do"
         with pytest.raises(grpc.RpcError) as bug:
             stub_of(connection).GetModelInfo(ModelInfoRequest(), timeout=TIMEOUT_S)
         assert bug.value.code() is grpc.StatusCode.INTERNAL

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 
-import grpc
-import grpc.aio
-
 from protos import tree_pb2, verifier_pb2, verifier_pb2_grpc
-from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
+from services.common.grpc_setup import Endpoint, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle
+from services.common.model_facts import ModelFacts
 from services.common.tls import INSECURE, Security
-
-Request = verifier_pb2.GenerateRequest
-Response = verifier_pb2.GenerateResponse
-Context = grpc.aio.ServicerContext[Request, Response]
+from services.verifier.outbox import Outbox
+from services.verifier.request import EngineStopped, FinishReason, GenerationRequest, Sink, StepOutput, TokenLogprob
+from services.verifier.servicer import SERVICE, UNCOUNTED, Servicer
 
 
 @dataclass(frozen=True)
@@ -44,59 +42,64 @@ class Script:
 
     reply: the tokens of a request, whatever was generated before; they end with the first stop token.
     step_size: tokens of each step. delay_s: before each step.
-    announce: whether admission is announced before the first token.
-    refuse: the answer to the n-th call, counted from 0, if it is refused.
-    failure: what a call ends with in place of its last step. finish: whether the last step has a finish reason.
-    lost_after: the call fails as UNAVAILABLE once so many tokens are out, `losses` times, each `loss_distance` later.
+    refuse: the answer to the n-th request, counted from 0, if it is refused.
+    failure: what a sequence ends with in place of its last step.
+    broken: whether a step has log-probabilities for other tokens than its own.
+    lost_after: a sequence fails as in a stopping verifier once so many tokens are out, `losses` times, each
+    `loss_distance` later.
     """
 
-    reply: Callable[[Request], Sequence[int]]
+    reply: Callable[[GenerationRequest], Sequence[int]]
     step_size: int = 1
     delay_s: float = 0.0
-    announce: bool = True
-    refuse: Callable[[int], StatusError | None] = lambda call: None
-    failure: StatusError | None = None
-    finish: bool = True
+    refuse: Callable[[int], Exception | None] = lambda request: None
+    failure: Exception | None = None
+    broken: bool = False
     lost_after: int = 0
     losses: int = 0
     loss_distance: int = 0
-    requests: list[Request] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: dict[str, threading.Event] = field(default_factory=dict)
 
 
-class ScriptedVerifier(verifier_pb2_grpc.VerifierServicer):
-    """Plays a script."""
+class ScriptedEngine:
+    """Plays a script, each sequence in a task of its own."""
 
-    def __init__(self, facts: Facts, script: Script) -> None:
-        self.facts = facts
+    def __init__(self, script: Script) -> None:
         self.script = script
+        self._ids = itertools.count(1)
+        self._playing: dict[int, tuple[str, asyncio.Task[None]]] = {}
 
-    async def GetModelInfo(self, request: tree_pb2.ModelInfoRequest, context: object) -> tree_pb2.ModelInfo:
-        return tree_pb2.ModelInfo(**asdict(self.facts), device="cpu", dtype="float32", kernels="torch")
-
-    async def Generate(self, request: Request, context: Context) -> AsyncIterator[Response]:
+    def submit(self, request: GenerationRequest, sink: Sink) -> int:
         script = self.script
         script.requests.append(request)
         script.cancelled[request.request_id] = threading.Event()
         if (refusal := script.refuse(len(script.requests) - 1)) is not None:
             raise refusal
-        if script.announce:
-            await context.send_initial_metadata((("specserve-admitted", "1"),))
-        try:
-            async for response in self._responses(request):
-                yield response
-        except (asyncio.CancelledError, GeneratorExit):
-            script.cancelled[request.request_id].set()
-            raise
+        sequence_id = next(self._ids)
+        self._playing[sequence_id] = request.request_id, asyncio.ensure_future(self._play(request, sink))
+        return sequence_id
 
-    async def _responses(self, request: Request) -> AsyncIterator[Response]:
+    def cancel(self, sequence_id: int) -> None:
+        request_id, task = self._playing[sequence_id]
+        if task.cancel():
+            self.script.cancelled[request_id].set()
+
+    async def _play(self, request: GenerationRequest, sink: Sink) -> None:
+        try:
+            async for output in self._outputs(request):
+                sink(output)
+        except Exception as error:  # noqa: BLE001  # what the script says that the sequence ends with
+            sink(error)
+
+    async def _outputs(self, request: GenerationRequest) -> AsyncIterator[StepOutput]:
         script = self.script
-        done = len(request.generated_token_ids)
+        done = len(request.generated)
         reply = list(script.reply(request))[: request.max_new_tokens]
         ends = [i for i, token in enumerate(reply) if token in request.stop_token_ids]
         reply = reply[: ends[0] + 1] if ends else reply
         if not reply:
-            yield Response(prompt_logprobs=_prompt_logprobs(request), finish_reason=verifier_pb2.FINISH_REASON_LENGTH)
+            yield StepOutput((), 0, (), _prompt_logprobs(request), FinishReason.LENGTH)
             return
         steps = 0
         while done < len(reply):
@@ -104,45 +107,72 @@ class ScriptedVerifier(verifier_pb2_grpc.VerifierServicer):
             if script.losses and done >= script.lost_after:
                 script.losses -= 1
                 script.lost_after += script.loss_distance
-                raise StatusError(grpc.StatusCode.UNAVAILABLE, "scripted loss")
-            token_ids = reply[done : done + script.step_size]
+                raise EngineStopped("scripted loss")
+            token_ids = tuple(reply[done : done + script.step_size])
             first, done, steps = done == 0, done + len(token_ids), steps + 1
-            finish = verifier_pb2.FINISH_REASON_UNSPECIFIED
-            if done == len(reply) and script.failure is not None:
+            last = done == len(reply)
+            if last and script.failure is not None:
                 raise script.failure
-            if done == len(reply) and script.finish:
-                finish = verifier_pb2.FINISH_REASON_STOP if ends else verifier_pb2.FINISH_REASON_LENGTH
-            yield Response(
-                token_ids=token_ids,
-                logprobs=[_logprob(token, request) for token in token_ids if request.HasField("top_logprobs")],
-                prompt_logprobs=_prompt_logprobs(request) if first else [],
-                finish_reason=finish,
-                llm_steps=steps,
+            reported = (*token_ids, 0) if script.broken else token_ids if request.top_logprobs is not None else ()
+            yield StepOutput(
+                token_ids,
+                steps,
+                logprobs=tuple(_logprob(request) for _ in reported),
+                prompt_logprobs=_prompt_logprobs(request) if first else (),
+                finish_reason=(FinishReason.STOP if ends else FinishReason.LENGTH) if last else None,
             )
 
 
-def _prompt_logprobs(request: Request) -> list[verifier_pb2.TokenLogprob]:
-    return [_logprob(token, request) for token in request.prompt_token_ids[1:] if request.prompt_logprobs]
+def _prompt_logprobs(request: GenerationRequest) -> tuple[TokenLogprob, ...]:
+    return tuple(_logprob(request) for _ in request.prompt[1:] if request.prompt_logprobs)
 
 
-def _logprob(token: int, request: Request) -> verifier_pb2.TokenLogprob:
+def _logprob(request: GenerationRequest) -> TokenLogprob:
     """The token is the second most likely one, at -1.5; token 100 + i is the i-th, at -1 - i / 2."""
-    others = [100 + i for i in range(request.top_logprobs)]
-    return verifier_pb2.TokenLogprob(
-        logprob=-1.5, top_token_ids=others, top_logprobs=[-1 - i / 2 for i in range(len(others))]
-    )
+    others = range(request.top_logprobs or 0)
+    return TokenLogprob(-1.5, tuple(100 + i for i in others), tuple(-1 - i / 2 for i in others))
+
+
+@dataclass
+class ScriptedVerifier:
+    """What it says of its model, which a test may change, and what it does. streams: how many were opened."""
+
+    facts: Facts
+    script: Script
+    streams: int = 0
+
+
+class _Servicer(Servicer):
+    """The verifier's own calls before a scripted engine."""
+
+    def __init__(self, verifier: ScriptedVerifier, lifecycle: Lifecycle) -> None:
+        outbox = Outbox(asyncio.get_running_loop())
+        super().__init__(ScriptedEngine(verifier.script), ModelFacts("", 0, 0, ""), outbox, lifecycle)
+        self._verifier = verifier
+
+    async def GetModelInfo(self, request: tree_pb2.ModelInfoRequest, context: object) -> tree_pb2.ModelInfo:
+        facts = asdict(self._verifier.facts)
+        return ModelFacts(**facts, device="cpu", dtype="float32", kernels="torch").to_wire()
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[verifier_pb2.GenerateRequest], context: object
+    ) -> AsyncGenerator[verifier_pb2.GenerateResponse, None]:
+        self._verifier.streams += 1
+        async with aclosing(super().Generate(request_iterator, context)) as responses:
+            async for response in responses:
+                yield response
 
 
 @asynccontextmanager
 async def running(
-    servicer: ScriptedVerifier, port: int = 0, security: Security = INSECURE, host: str = "127.0.0.1"
+    verifier: ScriptedVerifier, port: int = 0, security: Security = INSECURE, host: str = "127.0.0.1"
 ) -> AsyncIterator[int]:
     """The verifier as a gRPC server on loopback; yields the port."""
     lifecycle = Lifecycle()
-    server = aio_server(lifecycle)
-    verifier_pb2_grpc.add_VerifierServicer_to_server(servicer, server)
+    server = aio_server(lifecycle, UNCOUNTED)
+    verifier_pb2_grpc.add_VerifierServicer_to_server(_Servicer(verifier, lifecycle), server)
     endpoint = Endpoint(host, port)
-    async with serving_grpc(server, lifecycle, endpoint, security, ("specserve.v1.Verifier",)) as bound:
+    async with serving_grpc(server, lifecycle, endpoint, security, (SERVICE,)) as bound:
         yield bound
 
 

@@ -11,8 +11,8 @@ import pytest
 from openai.types import Completion
 
 from services.gateway.plan import choice_seed
+from services.verifier.request import GenerationRequest
 from tests.services.gateway.conftest import RunningGateway
-from tests.services.gateway.scripted_verifier import Request
 
 TEXT = " count: 1, 2, 3 日本語 😀😀 and more"
 
@@ -79,8 +79,8 @@ def test_the_async_sdk(gateway: RunningGateway) -> None:
 
 
 def test_a_batch_with_several_choices(gateway: RunningGateway) -> None:
-    def reply(request: Request) -> list[int]:
-        return [*request.prompt_token_ids, 300 + request.sampling.seed % 7, 0]
+    def reply(request: GenerationRequest) -> list[int]:
+        return [*request.prompt, 300 + request.sampling.seed % 7, 0]
 
     gateway.script.reply = reply
     prompts = ["one", "two"]
@@ -103,7 +103,7 @@ def test_a_batch_with_several_choices(gateway: RunningGateway) -> None:
 @pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7]], [[5, 6, 7], [8]]])
 def test_prompts_of_token_ids(gateway: RunningGateway, prompt: list[int] | list[list[int]]) -> None:
     gateway.client.completions.create(model="scripted", prompt=prompt)
-    sent = sorted(list(request.prompt_token_ids) for request in gateway.script.requests)
+    sent = sorted(list(request.prompt) for request in gateway.script.requests)
     assert sent in ([[5, 6, 7]], [[5, 6, 7], [8]])
     assert len(sent) == (2 if prompt == [[5, 6, 7], [8]] else 1)
 

@@ -7,12 +7,11 @@ import socket
 import time
 from collections.abc import Callable
 
-import grpc
 import httpx
 import openai
 import pytest
 
-from services.common.grpc_setup import StatusError
+from services.verifier.request import EngineStopped, InvalidRequest, QueueFull
 from tests.services.gateway.conftest import RunningGateway, counter, wait_until
 
 BODY = {"model": "scripted", "prompt": "x", "max_tokens": 200}
@@ -51,41 +50,36 @@ def test_a_client_that_leaves_before_its_body_is_complete_is_forgotten(gateway: 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("retry_after_ms", "seconds"), [("250", "1"), ("2500", "3")])
-def test_a_full_queue(gateway: RunningGateway, stream: bool, retry_after_ms: str, seconds: str) -> None:
-    full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "8 requests wait", {"retry-after-ms": retry_after_ms})
-    gateway.script.refuse = lambda call: full
-    with pytest.raises(openai.RateLimitError, match="8 requests wait") as caught:
+@pytest.mark.parametrize(("retry_after_ms", "seconds"), [(250, "1"), (2500, "3")])
+def test_a_full_queue(gateway: RunningGateway, stream: bool, retry_after_ms: int, seconds: str) -> None:
+    gateway.script.refuse = lambda request: QueueFull(8, retry_after_ms)
+    with pytest.raises(openai.RateLimitError, match="8 requests are waiting") as caught:
         gateway.client.completions.create(model="scripted", prompt="x", stream=stream)
     assert caught.value.response.headers["retry-after"] == seconds
     assert (caught.value.type, caught.value.code) == ("rate_limit_error", "queue_full")
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "name"),
+    ("refusal", "status", "name"),
     [
-        (grpc.StatusCode.UNAVAILABLE, 503, "verifier_unavailable"),
-        (grpc.StatusCode.INVALID_ARGUMENT, 400, "refused"),
-        (grpc.StatusCode.INTERNAL, 502, "verifier_failed"),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, 504, "timeout"),
+        (EngineStopped, 503, "verifier_unavailable"),
+        (InvalidRequest, 400, "refused"),
+        (ZeroDivisionError, 502, "verifier_failed"),
     ],
 )
 def test_what_the_verifier_refuses_is_not_retried(
-    gateway: RunningGateway, code: grpc.StatusCode, status: int, name: str
+    gateway: RunningGateway, refusal: type[Exception], status: int, name: str
 ) -> None:
-    gateway.script.refuse = lambda call: StatusError(code, "scripted refusal")
+    gateway.script.refuse = lambda request: refusal("scripted refusal")
     with pytest.raises(openai.APIStatusError) as caught:
         gateway.client.completions.create(model="scripted", prompt="x")
     assert (caught.value.status_code, caught.value.code) == (status, name)
     assert len(gateway.script.requests) == 1
 
 
-@pytest.mark.parametrize("announce", [False, True])
-def test_one_refused_choice_cancels_the_others(gateway: RunningGateway, announce: bool) -> None:
+def test_one_refused_choice_cancels_the_others(gateway: RunningGateway) -> None:
     long_reply(gateway)
-    gateway.script.announce = announce
-    full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
-    gateway.script.refuse = lambda call: full if call == 2 else None
+    gateway.script.refuse = lambda request: QueueFull(8, retry_after_ms=1000) if request == 2 else None
     with pytest.raises(openai.RateLimitError):
         gateway.client.completions.create(model="scripted", prompt="x", n=3, max_tokens=200, stream=True)
     for request in gateway.script.requests[:2]:
@@ -130,7 +124,7 @@ def test_a_request_that_takes_too_long(start_gateway: Callable[..., RunningGatew
 
 def test_the_sdk_raises_an_error_in_mid_stream(gateway: RunningGateway) -> None:
     gateway.script.reply = lambda request: [300] * 5
-    gateway.script.failure = StatusError(grpc.StatusCode.INTERNAL, "scripted failure")
+    gateway.script.failure = RuntimeError("scripted failure")
     events = iter(gateway.client.completions.create(model="scripted", prompt="x", stream=True, max_tokens=9))
     assert next(events).choices[0].text
     with pytest.raises(openai.APIError, match="scripted failure"):
@@ -139,8 +133,8 @@ def test_the_sdk_raises_an_error_in_mid_stream(gateway: RunningGateway) -> None:
 
 def test_an_answer_that_breaks_the_protocol(gateway: RunningGateway) -> None:
     gateway.script.reply = lambda request: [300] * 5
-    gateway.script.finish = False
-    with pytest.raises(openai.APIStatusError, match="without a finish reason") as caught:
+    gateway.script.broken = True
+    with pytest.raises(openai.APIStatusError, match="2 log-probabilities for 1 tokens") as caught:
         gateway.client.completions.create(model="scripted", prompt="x")
     assert caught.value.status_code == 502
 

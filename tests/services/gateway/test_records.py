@@ -10,14 +10,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-import grpc
 import openai
 import pytest
 import redis
 
-from services.common.grpc_setup import StatusError
 from services.gateway.records import Records, RecordsUnavailable, State, request_key, tokens_key, unpack_tokens
 from services.launcher.redis_server import find_redis_server
+from services.verifier.request import QueueFull
 from tests.services.gateway.conftest import RunningGateway, counter, wait_until
 
 
@@ -81,7 +80,7 @@ def test_tokens_so_far_and_a_client_that_leaves(gateway: RunningGateway, databas
 
 
 def test_a_failed_request(gateway: RunningGateway, database: redis.Redis) -> None:
-    gateway.script.refuse = lambda call: StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+    gateway.script.refuse = lambda request: QueueFull(8, retry_after_ms=1000)
     with pytest.raises(openai.RateLimitError):
         gateway.client.completions.create(model="scripted", prompt="x")
     fields = record(database, only_record(database))

@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import openai
 import pytest
 
-from services.common.grpc_setup import StatusError
 from services.common.model_files import tokenizer_hash
 from services.common.settings import SettingsError
 from services.gateway.settings import GatewaySettings
+from services.verifier.request import QueueFull
 from tests.services.gateway.conftest import RunningGateway, counter, in_thread, wait_until
 from tests.services.gateway.scripted_verifier import Facts, Script, ScriptedVerifier, running
 
@@ -70,20 +69,15 @@ def test_the_least_loaded_gets_the_next(start_gateway: Callable[..., RunningGate
 
 
 def test_a_full_one_is_passed_over(start_gateway: Callable[..., RunningGateway], pair: Pair) -> None:
-    full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", {"retry-after-ms": "4000"})
-    pair.scripts[0].refuse = lambda call: full
+    pair.scripts[0].refuse = lambda request: QueueFull(8, retry_after_ms=4000)
     gateway = start_gateway(verifier=pair.addresses)
     wait_until(lambda: up(gateway, *pair.addresses))
     for _ in range(4):
         assert ask(gateway).choices[0].finish_reason == "length"
-    pair.scripts[1].refuse = lambda call: replace_retry(full, "2000")
+    pair.scripts[1].refuse = lambda request: QueueFull(8, retry_after_ms=2000)
     with pytest.raises(openai.RateLimitError) as caught:
         ask(gateway)
     assert caught.value.response.headers["retry-after"] == "2"
-
-
-def replace_retry(error: StatusError, ms: str) -> StatusError:
-    return StatusError(error.code, error.message, {"retry-after-ms": ms})
 
 
 def test_a_lost_generation_goes_on_at_the_other(start_gateway: Callable[..., RunningGateway], pair: Pair) -> None:
@@ -95,7 +89,7 @@ def test_a_lost_generation_goes_on_at_the_other(start_gateway: Callable[..., Run
     assert completion.usage.completion_tokens == 2 * len(REPLY)
     first, second = completion.choices
     assert first.text == second.text
-    assert sorted(len(request.generated_token_ids) for request in pair.scripts[1].requests) == [0, 7]
+    assert sorted(len(request.generated) for request in pair.scripts[1].requests) == [0, 7]
 
 
 @pytest.mark.parametrize(("fact", "value"), [("model", "another"), ("context_length", 128)])

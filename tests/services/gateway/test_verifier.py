@@ -11,15 +11,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import grpc
 import openai
 import pytest
 from tokenizers import Tokenizer
 
-from services.common.grpc_setup import StatusError
 from services.common.model_files import tokenizer_hash
 from services.gateway.settings import GatewaySettings
 from services.gateway.verifier import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
+from services.verifier.request import QueueFull
 from tests.services.gateway.conftest import RunningGateway, counter, wait_until
 from tests.services.gateway.scripted_verifier import Facts
 
@@ -47,8 +46,8 @@ def test_the_text_goes_on_after_a_loss(gateway: RunningGateway, stream: bool, lo
     assert usage is not None
     assert (usage.completion_tokens, usage.model_extra) == (tokens, {"llm_steps": tokens})
     first, second = gateway.script.requests
-    assert list(first.generated_token_ids) == []
-    assert len(second.generated_token_ids) == lost_after
+    assert first.generated == ()
+    assert len(second.generated) == lost_after
     assert second.sampling == first.sampling
     assert second.prompt_logprobs == (lost_after == 0)
     assert counter(gateway, "specserve_gateway_verifier_retries_total") == 1
@@ -73,8 +72,7 @@ def test_by_default_the_time_is_what_ends_an_outage() -> None:
 def test_a_resumed_generation_waits_for_a_full_queue(gateway: RunningGateway) -> None:
     gateway.says(TEXT)
     gateway.script.lost_after, gateway.script.losses = 3, 1
-    full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", {"retry-after-ms": "300"})
-    gateway.script.refuse = lambda call: full if call == 1 else None
+    gateway.script.refuse = lambda request: QueueFull(8, retry_after_ms=300) if request == 1 else None
     began = time.monotonic()
     completion = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100)
     assert completion.choices[0].text == TEXT
@@ -130,6 +128,14 @@ def test_a_killed_verifier_and_its_successor(
             text += event.choices[0].text
     assert text == TEXT
     assert counter(gateway, "specserve_gateway_verifier_retries_total") >= 1
+
+
+def test_all_sequences_share_a_stream_that_outlives_them(gateway: RunningGateway) -> None:
+    gateway.says(TEXT)
+    for choices in (6, 1):
+        completion = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=100, n=choices)
+        assert [choice.text for choice in completion.choices] == [TEXT] * choices
+    assert gateway.servicer.streams == 1
 
 
 def test_a_successor_with_another_model_does_not_go_on(gateway: RunningGateway) -> None:

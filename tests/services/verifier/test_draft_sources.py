@@ -13,13 +13,12 @@ import pytest
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
-from protos.verifier_pb2_grpc import VerifierStub
 from services.common.grpc_setup import channel
 from services.common.model_facts import TOKENIZER_METADATA
 from services.common.settings import SettingsError
 from services.common.tls import INSECURE
 from speculation.acceptance import AcceptanceRule
-from tests.services.harness import Services, Verifier, request, services, status_of
+from tests.services.harness import Begun, Services, Verifier, request, services, status_of
 from tests.tiny_models import VOCAB, hugging_face_texts, write_model
 
 NEW_TOKENS = 24
@@ -152,9 +151,9 @@ def test_a_client_that_leaves_closes_its_sessions_and_hurts_nobody(
     verifier = running.verifier(llm, running.speculator(ssms[0]))
     with channel(verifier.address, INSECURE) as connection:
         for _ in range(3):
-            call = VerifierStub(connection).Generate(request(PROMPTS[0], 200), timeout=30)
-            next(call)
-            call.cancel()
+            sequence = Begun(connection, request(PROMPTS[0], 200))
+            next(sequence.outputs())
+            sequence.cancel()
     assert generate(verifier) == expected
     assert verifier.metric("speculator_failures_total", reason="invalid") == 0
 

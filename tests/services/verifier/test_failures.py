@@ -15,9 +15,8 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from protos import speculator_pb2, tree_pb2
+from protos import speculator_pb2, tree_pb2, verifier_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
-from protos.verifier_pb2_grpc import VerifierStub
 from runtime.transformer import Transformer
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
@@ -29,7 +28,7 @@ from services.verifier.budget import WholeDrafts
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
 from tests.ports import free_port
-from tests.services.harness import Services, Verifier, request, services, status_of
+from tests.services.harness import Begun, SequenceFailed, Services, Verifier, request, services
 from tests.tiny_models import CONTEXT, VOCAB, hugging_face_greedy, write_model
 
 PROMPT = [5, 17, 60, 3]
@@ -55,11 +54,10 @@ TIMEOUT_S = 30
 )
 def test_a_request_that_can_never_run(fields: dict[str, Any], complaint: str, shared_verifier: Verifier) -> None:
     values: dict[str, Any] = {"prompt": PROMPT, "new_tokens": 8} | fields
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(SequenceFailed) as caught:
         shared_verifier.generate(**values)
-    code, details = status_of(caught.value)
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert complaint in details
+    assert caught.value.reason == verifier_pb2.FAILURE_REASON_INVALID
+    assert complaint in str(caught.value)
 
 
 def test_a_full_queue_says_when_to_try_again(llm: Path, running: Services) -> None:
@@ -67,13 +65,11 @@ def test_a_full_queue_says_when_to_try_again(llm: Path, running: Services) -> No
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(_outcome, verifier) for _ in range(8)]
         outcomes = [call.result(TIMEOUT_S) for call in calls]
-    refused = [error for error in outcomes if isinstance(error, grpc.RpcError)]
+    refused = [error for error in outcomes if isinstance(error, SequenceFailed)]
     assert 0 < len(refused) < 8
     for error in refused:
-        assert status_of(error)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert isinstance(error, grpc.Call)
-        metadata = dict(error.trailing_metadata() or ())
-        assert 100 <= int(metadata["retry-after-ms"]) <= 30_000
+        assert error.reason == verifier_pb2.FAILURE_REASON_QUEUE_FULL
+        assert 100 <= error.retry_after_ms <= 30_000
     expected = hugging_face_greedy(llm, PROMPT, 150)
     assert all(
         len(tokens) == 150 and tokens[: len(expected)] == expected for tokens in outcomes if tokens not in refused
@@ -83,7 +79,7 @@ def test_a_full_queue_says_when_to_try_again(llm: Path, running: Services) -> No
 def _outcome(verifier: Verifier) -> Any:
     try:
         return verifier.generate(PROMPT, 150).token_ids
-    except grpc.RpcError as error:
+    except SequenceFailed as error:
         return error
 
 
@@ -93,9 +89,9 @@ def test_a_cancelled_call_frees_its_kv_and_its_draft_session(llm: Path, ssms: li
         verifier = running.verifier(llm, address)
         free = verifier.metric("kv_free_blocks")
         with channel(verifier.address, INSECURE) as connection:
-            call = VerifierStub(connection).Generate(request(PROMPT, 200), timeout=TIMEOUT_S)
-            next(call)
-            call.cancel()
+            sequence = Begun(connection, request(PROMPT, 200))
+            next(sequence.outputs())
+            sequence.cancel()
             _wait(lambda: verifier.metric("requests_total", outcome="cancelled") == 1)
         steps = verifier.metric("sequence_steps_total")
         _wait(lambda: recorder.closed == recorder.opened != [])
@@ -120,11 +116,11 @@ def test_everything_cancelled_between_two_steps_fails_nobody(llm: Path, running:
     expected = hugging_face_greedy(llm, PROMPT, 5)
     with channel(verifier.address, INSECURE) as connection, ThreadPoolExecutor(2) as pool:
         for _ in range(20):
-            calls = [VerifierStub(connection).Generate(request(PROMPT, 200), timeout=TIMEOUT_S) for _ in range(2)]
+            sequences = [Begun(connection, request(PROMPT, 200)) for _ in range(2)]
             following = pool.submit(verifier.generate, PROMPT, 5)
-            for call in calls:
-                next(call)
-                call.cancel()
+            for sequence in sequences:
+                next(sequence.outputs())
+                sequence.cancel()
             assert following.result(TIMEOUT_S).token_ids[: len(expected)] == expected
     # A call may have ended before its cancellation came, and the last ones may come any moment.
     deadline = time.monotonic() + TIMEOUT_S
@@ -145,10 +141,9 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     verifier = running.verifier(llm)
     whole = Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(SequenceFailed, match="out of memory") as caught:
         verifier.generate(PROMPT, 8)
-    assert status_of(caught.value)[0] is grpc.StatusCode.INTERNAL
-    assert "out of memory" in status_of(caught.value)[1]
+    assert caught.value.reason == verifier_pb2.FAILURE_REASON_INTERNAL
     monkeypatch.setattr(Transformer, "forward", whole)
     assert verifier.generate(PROMPT, 8).token_ids == hugging_face_greedy(llm, PROMPT, 8)
 
@@ -164,12 +159,12 @@ def test_a_stopping_verifier_lets_another_go_on(llm: Path, monkeypatch: pytest.M
     with services() as started:
         verifier = started.verifier(llm, drain_timeout_s=0.0)
         with channel(verifier.address, INSECURE) as connection:
-            call = VerifierStub(connection).Generate(request(PROMPT, 250), timeout=TIMEOUT_S)
-            next(call)
+            outputs = Begun(connection, request(PROMPT, 250)).outputs()
+            next(outputs)
             started.close()
-            with pytest.raises(grpc.RpcError) as caught:
-                list(call)
-    assert status_of(caught.value)[0] is grpc.StatusCode.UNAVAILABLE
+            with pytest.raises(SequenceFailed) as caught:
+                list(outputs)
+    assert caught.value.reason == verifier_pb2.FAILURE_REASON_STOPPING
 
 
 # What a speculator may answer instead of a draft, by name.

@@ -34,9 +34,9 @@ def test_logprobs_are_the_models_own(sampling: dict[str, float], llm: Path, draf
     assert generated.llm_steps < 20, "several tokens of a step have their own"
     tokens = PROMPT + generated.token_ids
     exact = exact_logprobs(llm, tokens)
-    entries = list(generated.responses[0].prompt_logprobs)
+    entries = list(generated.outputs[0].prompt_logprobs)
     assert len(entries) == len(PROMPT) - 1
-    entries += [entry for response in generated.responses for entry in response.logprobs]
+    entries += [entry for output in generated.outputs for entry in output.logprobs]
     assert len(entries) == len(tokens) - 1
     for position, entry in enumerate(entries):
         assert entry.logprob == pytest.approx(float(exact[position, tokens[position + 1]]), abs=1e-3)
@@ -52,13 +52,13 @@ def test_prompt_logprobs_alone_over_several_chunks(llm: Path, running: Services)
     assert generated.token_ids == []
     assert generated.finish_reason == verifier_pb2.FINISH_REASON_LENGTH
     exact = exact_logprobs(llm, prompt)
-    found = [entry.logprob for entry in generated.responses[-1].prompt_logprobs]
+    found = [entry.logprob for entry in generated.outputs[-1].prompt_logprobs]
     assert found == pytest.approx([float(exact[i, token]) for i, token in enumerate(prompt[1:])], abs=1e-3)
 
 
 def test_without_top_logprobs_there_are_none(shared_verifier: Verifier) -> None:
     generated = shared_verifier.generate(PROMPT, 3)
-    assert not any(response.logprobs or response.prompt_logprobs for response in generated.responses)
+    assert not any(output.logprobs or output.prompt_logprobs for output in generated.outputs)
 
 
 def test_a_stop_token_ends_the_stream_with_itself(llm: Path, drafted: Verifier) -> None:

@@ -10,20 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 from tokenizers import Tokenizer
 
 from benchmarks.configurations import MIXED_PROMPTS
-from protos.verifier_pb2_grpc import VerifierStub
+from protos import verifier_pb2
 from services.common.grpc_setup import channel
 from services.common.prompt_files import read_prompts
 from services.common.tls import INSECURE
 from services.launcher.settings import EMBEDDED_LLM, EMBEDDED_SSMS
 from tests.ports import free_port
-from tests.services.harness import Services, request, status_of
+from tests.services.harness import Begun, SequenceFailed, Services, request
 from tests.services.verifier.rank_processes import START_TIMEOUT_S, RankedVerifier, ranked_verifier, wait_until
 from tests.services.verifier.test_lossless import assert_lossless, prompts
 from tests.tiny_models import hugging_face_greedy, write_model, write_relative
@@ -72,30 +70,29 @@ def test_the_embedded_model(tensor: int, pipeline: int, tmp_path: Path, running:
 
 
 @contextmanager
-def in_flight(verifier: RankedVerifier) -> Iterator[Any]:
-    """A request that has begun to stream."""
+def in_flight(verifier: RankedVerifier) -> Iterator[Iterator[verifier_pb2.SequenceOutput]]:
+    """What is to come of a sequence that has begun to stream."""
     with channel(verifier.address, INSECURE) as connection:
-        call = VerifierStub(connection).Generate(request(PROMPT, LONG), timeout=60)
-        next(call)
-        yield call
+        outputs = Begun(connection, request(PROMPT, LONG)).outputs()
+        next(outputs)
+        yield outputs
 
 
-def assert_unavailable(call: Any, verifier: RankedVerifier) -> str:
-    with pytest.raises(grpc.RpcError) as caught:
-        list(call)
-    code, details = status_of(caught.value)
-    assert code is grpc.StatusCode.UNAVAILABLE, (details, verifier.log)
-    return details
+def assert_stopping(outputs: Iterator[verifier_pb2.SequenceOutput], verifier: RankedVerifier) -> str:
+    with pytest.raises(SequenceFailed) as caught:
+        list(outputs)
+    assert caught.value.reason == verifier_pb2.FAILURE_REASON_STOPPING, (caught.value, verifier.log)
+    return str(caught.value)
 
 
 def test_a_hung_rank_ends_the_group_within_its_timeout(wide_llm: Path, tmp_path: Path) -> None:
     flags = ("--tensor-parallel=2", f"--rank-timeout-s={RANK_TIMEOUT_S}")
     with ranked_verifier(wide_llm, tmp_path, *flags) as verifier:
         time.sleep(1.2 * RANK_TIMEOUT_S)  # nothing to do is no failure
-        with in_flight(verifier) as call:
+        with in_flight(verifier) as outputs:
             started = time.monotonic()
             verifier.signal(1, signal.SIGSTOP)
-            details = assert_unavailable(call, verifier)
+            details = assert_stopping(outputs, verifier)
         assert time.monotonic() - started < RANK_TIMEOUT_S + 3
         assert details == "rank 1 of 2 (stage 0, tensor rank 1) has been silent for 4 s"
         assert verifier.process.wait(END_S) == 1
@@ -104,10 +101,10 @@ def test_a_hung_rank_ends_the_group_within_its_timeout(wide_llm: Path, tmp_path:
 
 
 def test_a_dead_rank_ends_the_group_at_once(wide_llm: Path, tmp_path: Path) -> None:
-    with ranked_verifier(wide_llm, tmp_path, "--pipeline-parallel=2") as verifier, in_flight(verifier) as call:
+    with ranked_verifier(wide_llm, tmp_path, "--pipeline-parallel=2") as verifier, in_flight(verifier) as outputs:
         started = time.monotonic()
         verifier.signal(1, signal.SIGKILL)
-        details = assert_unavailable(call, verifier)
+        details = assert_stopping(outputs, verifier)
         assert time.monotonic() - started < DEATH_S
         assert details.startswith("rank 1 of 2 (stage 1, tensor rank 0) has")
         assert verifier.process.wait(END_S) == 1
@@ -145,9 +142,9 @@ def test_torchrun_starts_a_group_again_after_a_rank_has_died(wide_llm: Path, tmp
     torchrun = ("--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1")
     with ranked_verifier(wide_llm, tmp_path, "--tensor-parallel=2", torchrun=torchrun) as verifier:
         expected = hugging_face_greedy(wide_llm, PROMPT, 40)
-        with in_flight(verifier) as call:
+        with in_flight(verifier) as outputs:
             verifier.signal(1, signal.SIGKILL)
-            assert "rank 1 of 2 (stage 0, tensor rank 1) has" in assert_unavailable(call, verifier)
+            assert "rank 1 of 2 (stage 0, tensor rank 1) has" in assert_stopping(outputs, verifier)
         first = verifier.log.count("group joined")
         wait_until(lambda: verifier.log.count("group joined") == first + 2, 60)
         verifier.wait_ready()
