@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kernels.backend import Backend, RequestedName, choose_backend
@@ -195,7 +196,7 @@ class Transformer:
     def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:
         """Move the entries in slots `sources` to slots `targets`, in all layers, as if all were read first."""
         if sources:
-            moves = torch.tensor([sources, targets], dtype=torch.int64, device=self.device)
+            moves = torch.from_numpy(np.array([sources, targets], dtype=np.int64)).to(self.device)
             self.backend.kv_compaction(cache.data, moves)
 
 

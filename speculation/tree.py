@@ -97,7 +97,23 @@ class TokenTree:
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:
         """The tree of plain decoding."""
-        return cls((token_id,), (-1,))
+        return cls.of_sound_parts((token_id,), (-1,), {}, "", ())
+
+    @classmethod
+    def of_sound_parts(
+        cls,
+        token_ids: tuple[int, ...],
+        parents: tuple[int, ...],
+        distributions: dict[int, torch.Tensor],
+        source: str,
+        confidences: tuple[float, ...],
+    ) -> TokenTree:
+        """A tree that is sound by the way in which it was made: it is not checked, which a small model's step feels."""
+        tree = cls.__new__(cls)
+        vars(tree).update(
+            token_ids=token_ids, parents=parents, distributions=distributions, source=source, confidences=confidences
+        )
+        return tree
 
     def with_confidences(self, confidences: tuple[float, ...]) -> TokenTree:
         """The same tree with other confidences."""
@@ -189,7 +205,8 @@ class TokenTree:
         confidences: of the selected nodes, instead of the tree's own.
 
         Raises:
-            InvalidTree: the first node is not the root, or a parent is missing.
+            InvalidTree: the first node is not the root, a node stands twice, or a parent is missing; one of the
+                confidences given is above its parent's or infinite.
         """
         if len(nodes) == len(self) and all(new == old for new, old in enumerate(nodes)):
             return self if confidences is None else self.with_confidences(confidences)
@@ -200,10 +217,14 @@ class TokenTree:
             parents = (-1, *(new[self.parents[old]] for old in nodes[1:]))
         except KeyError as missing:
             raise InvalidTree(f"node {missing} is not selected, but one of its children is") from None
-        if confidences is None:
-            confidences = tuple(self.confidences[old] for old in nodes) if self.confidences else ()
+        if len(new) < len(nodes) or any(map(operator.ge, parents, range(len(nodes)))):
+            raise InvalidTree(f"of the selected nodes {list(nodes)} one stands twice, or before its parent")
+        own = tuple([self.confidences[old] for old in nodes]) if confidences is None and self.confidences else ()
         inner = set(parents)
         distributions = {new[old]: q for old, q in self.distributions.items() if new.get(old) in inner}
-        return TokenTree(
-            tuple([self.token_ids[old] for old in nodes]), parents, distributions, self.source, confidences
+        tree = TokenTree.of_sound_parts(
+            tuple([self.token_ids[old] for old in nodes]), parents, distributions, self.source, confidences or own
         )
+        if confidences:
+            tree._check_confidences()
+        return tree

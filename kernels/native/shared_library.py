@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -79,6 +80,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 }
 
 
+Library = TypeVar("Library", bound=ctypes.CDLL)
+
+
 class NativeUnavailable(RuntimeError):
     """The native kernels are not built for this machine; the message says what to do."""
 
@@ -90,19 +94,35 @@ def load() -> ctypes.CDLL:
     Raises:
         NativeUnavailable: it is not built for this source and this CPU, or it cannot be loaded.
     """
+    library = _loaded(ctypes.CDLL)
+    library.specserve_set_threads(torch.get_num_threads())
+    return library
+
+
+@cache
+def load_for_short_calls() -> ctypes.PyDLL:
+    """The same library, but a call keeps the interpreter.
+
+    A call of load()'s gives it away, and behind it waits until the thread that has taken it gives it back. For one that
+    takes microseconds that is most of the time.
+    """
+    load()
+    return _loaded(ctypes.PyDLL)
+
+
+def _loaded(kind: type[Library]) -> Library:
     try:
         path = find_library()
     except BuildError as error:
         raise NativeUnavailable(str(error)) from None
     try:
-        library = ctypes.CDLL(str(path))
+        library = kind(str(path))
     except OSError as error:
         raise NativeUnavailable(f"{path} cannot be loaded: {error}; run python -m kernels.build again") from error
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
-    library.specserve_set_threads(torch.get_num_threads())
     return library
 
 

@@ -33,7 +33,7 @@ def grow_natively(
         session.cache.length = len(session.tokens) - 1  # the root's entry is the first of the tree's
         session.slots = Slots(tree.slot_tokens, tree.slot_parents)
         trees.append(
-            TokenTree(tuple(tree.token_ids), tuple(tree.parents), source=name, confidences=tuple(tree.confidences))
+            TokenTree.of_sound_parts(tuple(tree.token_ids), tuple(tree.parents), {}, name, tuple(tree.confidences))
         )
     return trees
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -50,8 +49,9 @@ class Runner:
         attends, layer by layer.
         """
         segments: list[Segment] = []
-        trees: list[tuple[int, range]] = []
-        chunks: list[tuple[int, range]] = []
+        wanted: list[int] = []  # rows of all trees, then those of chunks
+        tree_starts: dict[int, int] = {}
+        spans: dict[int, range] = {}
         rows = 0
         for plan in plans:
             sequence = plan.sequence
@@ -59,24 +59,19 @@ class Runner:
                 segments.append(_chunk(plan))
                 span = range(rows, rows := rows + len(segments[-1].token_ids))
                 if not sequence.prompt_logprobs_sent:
-                    chunks.append((sequence.id, span))
+                    spans[sequence.id] = span
             if plan.decodes:
                 segments.append(_tree(plan, drafts[sequence.id]))
-                trees.append((sequence.id, range(rows, rows := rows + len(segments[-1].token_ids))))
-        logits = self.model.step(segments, [row for _, span in trees + chunks for row in span], self.cache)
+                tree_starts[sequence.id] = len(wanted)
+                wanted += range(rows, rows := rows + len(segments[-1].token_ids))
+        in_trees = len(wanted)
+        for span in spans.values():
+            wanted += span
+        logits = self.model.step(segments, wanted, self.cache)
         for plan in plans:
             plan.sequence.cache.length = plan.chunk_end
-        starts = _starts(trees + chunks)
-        in_trees = sum(len(span) for _, span in trees)
-        return StepLogits(
-            rows=rows,
-            trees=logits[:in_trees],
-            tree_starts=dict(zip((sequence_id for sequence_id, _ in trees), starts, strict=False)),
-            chunks={
-                sequence_id: logits[start : start + len(span)]
-                for (sequence_id, span), start in zip(chunks, starts[len(trees) :], strict=True)
-            },
-        )
+        trees, *chunks = logits.split([in_trees, *map(len, spans.values())])
+        return StepLogits(rows, trees, tree_starts, dict(zip(spans, chunks, strict=True)))
 
     def keep(self, accepted: Sequence[tuple[RunningSequence, tuple[int, ...]]]) -> None:
         """Commit the KV of roots and accepted nodes; free what else the trees wrote.
@@ -95,11 +90,6 @@ class Runner:
         self.model.compact(self.cache, sources, targets)
         for sequence, _ in accepted:
             self.cache.trim(sequence.cache)
-
-
-def _starts(spans: Sequence[tuple[int, range]]) -> list[int]:
-    """Where each span starts when they stand one behind the other."""
-    return list(accumulate((len(span) for _, span in spans), initial=0))[:-1]
 
 
 def _chunk(plan: SequencePlan) -> Segment:

@@ -9,7 +9,7 @@ from services.common.settings import ServiceSettings, SettingsError, setting
 from speculation.acceptance import AcceptanceRule
 
 # The largest trees, unless draft_nodes says otherwise; each step drafts what pays.
-CPU_DRAFT_NODES, GPU_DRAFT_NODES = 11, 31
+CPU_DRAFT_NODES, GPU_DRAFT_NODES = 15, 31
 
 
 @dataclass(frozen=True, kw_only=True)

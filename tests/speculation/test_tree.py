@@ -108,3 +108,6 @@ def test_select_needs_parents() -> None:
         chain.select([0, 2])
     with pytest.raises(InvalidTree, match="root"):
         chain.select([1, 2])
+    for nodes in ([0, 1, 1], [0, 2, 1]):
+        with pytest.raises(InvalidTree, match="stands twice, or before its parent"):
+            chain.select(nodes)
