@@ -1,4 +1,4 @@
-"""Answers the messages of all streams with the trees of all draft sources. Knows messages, but no calls."""
+"""Answers what verifiers say with the trees of all draft sources. Knows no calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from protos import speculator_pb2
-from services.common.tree_wire import sampling_from_wire, tree_to_wire
-from services.speculator import wire
+from services.common.drafting import AdvanceSequence, OpenSequence, SpeculateRequest, SpeculateResponse
+from services.speculator.checks import check_tokens, draft_order
 from services.speculator.metrics import SpeculatorMetrics
 from services.speculator.session import DraftOrder, SessionKey
 from services.speculator.sources import DraftSource
@@ -37,7 +36,7 @@ class DraftService:
         self._vocab_size = vocab_size
         self._metrics = metrics
 
-    def answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+    def answer(self, stream: int, message: SpeculateRequest) -> SpeculateResponse:
         """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol."""
         started = time.perf_counter()
         response = self._answer(stream, message)
@@ -50,7 +49,7 @@ class DraftService:
         for source in self._sources:
             source.close_stream(stream)
 
-    def _answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+    def _answer(self, stream: int, message: SpeculateRequest) -> SpeculateResponse:
         unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
         for sequence_id in message.close:
             for source in self._sources:
@@ -60,34 +59,29 @@ class DraftService:
         if prepared := [(stream, opened.sequence_id) for opened in message.open if opened.prepare]:
             for source in self._sources:
                 source.prepare(prepared)
-        orders = [wire.draft_order(stream, order) for order in message.draft]
+        orders = [draft_order(stream, wish) for wish in message.draft]
         unknown |= {order.key[1] for order in orders if order.key not in self._sources[0]}
         known = [order for order in orders if order.key[1] not in unknown]
-        response = speculator_pb2.SpeculateResponse(step=message.step, unknown_sequence_ids=sorted(unknown))
-        drafts = self._draft(known)
-        nodes = 0
-        for order in known:
-            trees = [trees[order.key] for trees in drafts if order.key in trees and len(trees[order.key]) > 1]
-            response.drafts.add(sequence_id=order.key[1], trees=[tree_to_wire(tree) for tree in trees])
-            nodes += sum([len(tree) - 1 for tree in trees])
-        self._metrics.draft_tokens.inc(nodes)
-        return response
+        found = self._draft(known)
+        drafts = {
+            order.key[1]: [trees[order.key] for trees in found if order.key in trees and len(trees[order.key]) > 1]
+            for order in known
+        }
+        self._metrics.draft_tokens.inc(sum([len(tree) - 1 for trees in drafts.values() for tree in trees]))
+        return SpeculateResponse(message.step, drafts, sorted(unknown))
 
-    def _open(self, stream: int, message: speculator_pb2.OpenSequence) -> None:
-        tokens = list(message.token_ids)
-        wire.check_tokens("open.token_ids", tokens, self._vocab_size)
-        params = sampling_from_wire(message.sampling)
+    def _open(self, stream: int, opened: OpenSequence) -> None:
+        check_tokens("open.token_ids", opened.token_ids, self._vocab_size)
         for source in self._sources:
-            source.open((stream, message.sequence_id), tokens, message.prompt_length, params)
+            source.open((stream, opened.sequence_id), opened.token_ids, opened.prompt_length, opened.sampling)
 
-    def _advance(self, stream: int, message: speculator_pb2.AdvanceSequence) -> bool:
-        key = (stream, message.sequence_id)
+    def _advance(self, stream: int, advance: AdvanceSequence) -> bool:
+        key = (stream, advance.sequence_id)
         if key not in self._sources[0]:
             return False
-        tokens = list(message.token_ids)
-        wire.check_tokens("advance.token_ids", tokens, self._vocab_size)
+        check_tokens("advance.token_ids", advance.token_ids, self._vocab_size)
         for source in self._sources:
-            source.advance(key, tokens)
+            source.advance(key, advance.token_ids)
         return True
 
     def _draft(self, orders: Sequence[DraftOrder]) -> list[Mapping[SessionKey, TokenTree]]:

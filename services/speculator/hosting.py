@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protos import speculator_pb2
+from services.common.drafting import SpeculateRequest, SpeculateResponse
 from services.common.model_facts import ModelFacts
 from services.speculator.draft_service import DraftService
 
@@ -20,7 +20,7 @@ class HostedSpeculator:
     service: DraftService
     facts: Sequence[ModelFacts]
 
-    def answer(self, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+    def answer(self, message: SpeculateRequest) -> SpeculateResponse:
         """Raises ValueError when the message breaks the protocol."""
         return self.service.answer(_STREAM, message)
 

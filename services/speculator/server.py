@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ import grpc
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
+from services.common.draft_wire import request_from_wire, response_to_wire
 from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle
 from services.common.loaded_model import use_threads
@@ -57,7 +59,7 @@ class Servicer(SpeculatorServicer):
         self._metrics.streams.inc()
         try:
             while isinstance(message := await context.read(), speculator_pb2.SpeculateRequest):
-                await context.write(self._service.answer(stream, message))
+                await context.write(self._answer(stream, message))
         except ValueError as error:
             raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except asyncio.CancelledError:
@@ -67,6 +69,13 @@ class Servicer(SpeculatorServicer):
             ending.cancel()
             self._metrics.streams.dec()
             self._service.end(stream)
+
+    def _answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+        """What it takes to read the message and to write the answer is work, too."""
+        started = time.perf_counter()
+        answer = response_to_wire(self._service.answer(stream, request_from_wire(message)))
+        answer.work_seconds = time.perf_counter() - started
+        return answer
 
     def _check_tokenizer(self, context: Context) -> None:
         """Refuse a verifier of another tokenizer; where no model has one, the first verifier's counts."""

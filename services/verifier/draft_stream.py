@@ -11,6 +11,8 @@ from contextlib import suppress
 import grpc
 
 from protos import speculator_pb2
+from services.common.draft_wire import request_to_wire, response_from_wire
+from services.common.drafting import SpeculateRequest
 from services.verifier import wire
 from services.verifier.draft_dialogue import DraftDialogue
 from services.verifier.drafts import DraftOrder
@@ -32,12 +34,13 @@ class DraftStream:
         self,
         call: _Call,
         models: int,
-        dialogue: DraftDialogue,
+        vocab_size: int,
         outbox: Outbox,
         on_answer: Callable[[float, float], None],
     ) -> None:
         self.models = models
-        self._dialogue = dialogue
+        self._dialogue = DraftDialogue(vocab_size)
+        self._vocab_size = vocab_size
         self._outbox = outbox
         self._on_answer = on_answer
         self._requests: asyncio.Queue[speculator_pb2.SpeculateRequest] = asyncio.Queue()
@@ -82,7 +85,7 @@ class DraftStream:
             if response.step == step:
                 self._unanswered = 0
                 break
-        return self._dialogue.drafts(response)
+        return self._dialogue.drafts(response_from_wire(response, self._vocab_size))
 
     def forget(self, sequence: RunningSequence) -> None:
         self._dialogue.forget(sequence)
@@ -90,9 +93,9 @@ class DraftStream:
     def flush(self) -> None:
         self._put(self._dialogue.endings())
 
-    def _put(self, message: speculator_pb2.SpeculateRequest | None) -> None:
-        if message is not None:
-            self._outbox.put(self._requests, message)
+    def _put(self, request: SpeculateRequest | None) -> None:
+        if request is not None:
+            self._outbox.put(self._requests, request_to_wire(request))
 
     async def run(self) -> str:
         """Pass messages on, both ways, until the call ends; why it did."""

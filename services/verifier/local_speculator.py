@@ -1,4 +1,4 @@
-"""A speculator in the verifier's own process: the messages are those of a remote one, answered by a call.
+"""A speculator in the verifier's own process: it is told what a remote one is told, by a call.
 
 It saves the way there and back at every step, and shares the verifier's threads, which take turns anyway. Its failures
 it may not share: one costs the drafts of some steps and no token.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from protos import speculator_pb2
+from services.common.drafting import SpeculateRequest, SpeculateResponse
 from services.common.model_facts import ModelFacts
 from services.verifier.draft_dialogue import DraftDialogue
 from services.verifier.drafts import DraftOrder
@@ -34,8 +34,8 @@ class Answers(Protocol):
     def facts(self) -> Sequence[ModelFacts]:
         """Of its small models; empty when it drafts by look-up alone."""
 
-    def answer(self, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
-        """What a speculator answers to a message of a Speculate stream. May raise anything."""
+    def answer(self, message: SpeculateRequest) -> SpeculateResponse:
+        """What a speculator answers in a Speculate stream. May raise anything."""
 
     def restart(self) -> None:
         """Forget everything that was opened."""
@@ -58,7 +58,7 @@ class LocalSpeculator:
         self._vocab_size = llm.vocab_size
         self._metrics = metrics
         self._dialogue = DraftDialogue(llm.vocab_size)
-        self._order = speculator_pb2.SpeculateRequest()
+        self._order = SpeculateRequest()
         self._rests_until = 0.0  # monotonic time
         metrics.speculator_up.labels(NAME).set(1)
 
@@ -96,7 +96,7 @@ class LocalSpeculator:
         with self._surviving():
             self._tell(self._dialogue.endings())
 
-    def _tell(self, message: speculator_pb2.SpeculateRequest | None) -> None:
+    def _tell(self, message: SpeculateRequest | None) -> None:
         if message is not None:
             self._hosted.answer(message)
 

@@ -20,7 +20,6 @@ from services.common.grpc_setup import aio_channel
 from services.common.model_facts import TOKENIZER_METADATA, ModelFacts, ModelMismatch
 from services.common.tls import Security
 from services.verifier import wire
-from services.verifier.draft_dialogue import DraftDialogue
 from services.verifier.draft_stream import DraftStream
 from services.verifier.drafts import DraftOrder
 from services.verifier.metrics import VerifierMetrics
@@ -169,8 +168,7 @@ class SpeculatorLink:
         self.names = names
         # Look-up without a model is announced by no name; what it drafts has its share of the budget like a model's.
         call = stub.Speculate(metadata=((TOKENIZER_METADATA, self._llm.tokenizer_identity),))
-        dialogue = DraftDialogue(self._llm.vocab_size)
-        stream = DraftStream(call, max(1, len(names)), dialogue, self._outbox, self._count_answer)
+        stream = DraftStream(call, max(1, len(names)), self._llm.vocab_size, self._outbox, self._count_answer)
         self._stream = stream
         self._settled.set()
         self._metrics.speculator_up.labels(self.address).set(1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import grpc
 
-from protos import speculator_pb2, verifier_pb2
+from protos import verifier_pb2
 from services.common.lifecycle import Draining
-from services.common.tree_wire import sampling_from_wire, sampling_to_wire, tree_from_wire
-from services.verifier.drafts import DraftOrder
+from services.common.tree_wire import sampling_from_wire
 from services.verifier.request import (
     EngineStopped,
     FinishReason,
@@ -20,9 +19,6 @@ from services.verifier.request import (
     StepOutput,
     TokenLogprob,
 )
-from services.verifier.sequence import Sequence as RunningSequence
-from speculation.expansion import ChildSelection
-from speculation.tree import InvalidTree, TokenTree
 
 _FINISH_REASONS = {
     None: verifier_pb2.FINISH_REASON_UNSPECIFIED,
@@ -31,11 +27,6 @@ _FINISH_REASONS = {
 }
 # Log-probabilities can be large: a response that has so many is full.
 _FULL_BYTES = 2**20
-_SELECTIONS = {
-    ChildSelection.TOP: speculator_pb2.CHILD_SELECTION_TOP,
-    ChildSelection.SHARED_NOISE: speculator_pb2.CHILD_SELECTION_SHARED_NOISE,
-    ChildSelection.SAMPLED: speculator_pb2.CHILD_SELECTION_SAMPLED,
-}
 
 
 def generation_request(message: verifier_pb2.BeginSequence) -> GenerationRequest:
@@ -110,84 +101,6 @@ def _logprob(entry: TokenLogprob) -> verifier_pb2.TokenLogprob:
     return verifier_pb2.TokenLogprob(
         logprob=entry.logprob, top_token_ids=entry.top_token_ids, top_logprobs=entry.top_logprobs
     )
-
-
-def opening(sequences: Sequence[RunningSequence]) -> speculator_pb2.SpeculateRequest:
-    """Sequences that will want drafts soon."""
-    message = speculator_pb2.SpeculateRequest()
-    for sequence in sequences:
-        _open(message, sequence, prepare=True)
-    return message
-
-
-def _open(message: speculator_pb2.SpeculateRequest, sequence: RunningSequence, *, prepare: bool) -> None:
-    message.open.add(
-        sequence_id=sequence.id,
-        token_ids=sequence.tokens,
-        sampling=sampling_to_wire(sequence.request.sampling),
-        prompt_length=len(sequence.request.prompt),
-        prepare=prepare,
-    )
-
-
-def speculate_request(
-    step: int, orders: Sequence[DraftOrder], known: Mapping[int, int]
-) -> speculator_pb2.SpeculateRequest:
-    """known: sequence id -> how many of its tokens the speculator has already."""
-    message = speculator_pb2.SpeculateRequest(step=step)
-    for order in orders:
-        sequence = order.sequence
-        if sequence.id not in known:
-            _open(message, sequence, prepare=False)
-        elif fresh := sequence.tokens[known[sequence.id] :]:
-            message.advance.add(sequence_id=sequence.id, token_ids=fresh)
-        message.draft.add(
-            sequence_id=sequence.id,
-            max_nodes=order.nodes,
-            max_depth=order.depth,
-            widths=order.widths,
-            selection=_SELECTIONS[order.selection],
-            min_confidence=order.floor,
-            lookup_only=not order.models,
-        )
-    return message
-
-
-def add_endings(message: speculator_pb2.SpeculateRequest, ended: Mapping[int, Sequence[int]]) -> None:
-    """ended: by sequence id, the tokens that the speculator does not have."""
-    for sequence_id, token_ids in ended.items():
-        if token_ids:
-            message.advance.add(sequence_id=sequence_id, token_ids=token_ids)
-        message.close.append(sequence_id)
-
-
-def read_drafts(
-    message: speculator_pb2.SpeculateResponse, orders: Mapping[int, DraftOrder], vocab_size: int
-) -> dict[int, list[TokenTree]]:
-    """Trees with at least one draft token, by sequence id.
-
-    Raises:
-        InvalidTree: a tree is malformed, was not asked for, starts at another token, or exceeds its budget.
-    """
-    drafts: dict[int, list[TokenTree]] = {}
-    for draft in message.drafts:
-        if (order := orders.get(draft.sequence_id)) is None:
-            raise InvalidTree(f"draft for sequence {draft.sequence_id}, which was not asked for")
-        for tree_message in draft.trees:
-            tree = tree_from_wire(tree_message, vocab_size)
-            _check_order(tree, order)
-            if len(tree) > 1:
-                drafts.setdefault(draft.sequence_id, []).append(tree)
-    return drafts
-
-
-def _check_order(tree: TokenTree, order: DraftOrder) -> None:
-    if tree.token_ids[0] != order.sequence.tokens[-1]:
-        raise InvalidTree(f"root is token {tree.token_ids[0]}, the sequence ends with {order.sequence.tokens[-1]}")
-    if len(tree) > order.nodes + 1 or max(tree.depths()) > order.depth:
-        raise InvalidTree(
-            f"{len(tree) - 1} nodes of depth {max(tree.depths())}; asked for {order.nodes} of depth {order.depth}"
-        )
 
 
 def status_of(error: grpc.aio.AioRpcError) -> str:

@@ -11,14 +11,19 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from protos import speculator_pb2
-from services.common.tree_wire import sampling_to_wire, tree_from_wire
+from services.common.drafting import (
+    AdvanceSequence,
+    DraftRequest,
+    OpenSequence,
+    SpeculateRequest,
+    SpeculateResponse,
+)
+from services.speculator.checks import InvalidMessage
 from services.speculator.draft_service import DraftService
 from services.speculator.lookup import OutputLookup, PromptLookup
 from services.speculator.metrics import SpeculatorMetrics
 from services.speculator.session import DraftOrder, SessionKey
 from services.speculator.sources import DraftSource
-from services.speculator.wire import InvalidMessage
 from speculation.acceptance import AcceptanceRule
 from speculation.children import ChildPolicy, ChildSelection
 from speculation.expansion import BestFirstExpansion
@@ -33,8 +38,7 @@ MSS = AcceptanceRule.MSS
 LLM = markov_model(1)
 VOCAB = len(LLM)
 PROMPT = [0, 1, 2, 0, 1, 3, 0, 2, 1, 0, 3, 3, 0, 1, 0]
-SAMPLED = speculator_pb2.CHILD_SELECTION_SAMPLED
-TOP = speculator_pb2.CHILD_SELECTION_TOP
+SAMPLED = ChildSelection.SAMPLED
 
 
 class MarkovSource:
@@ -92,45 +96,37 @@ def build(sources: Sequence[str], vocab_size: int | None = VOCAB) -> tuple[Draft
     return DraftService(models, lookups, vocab_size, metrics), models
 
 
-def opening(sequence: int, tokens: list[int], seed: int = 0, **draft: Any) -> speculator_pb2.SpeculateRequest:
-    message = speculator_pb2.SpeculateRequest(step=1)
-    sampling = sampling_to_wire(SamplingParams(seed=seed))
-    message.open.add(sequence_id=sequence, token_ids=tokens, prompt_length=len(tokens), sampling=sampling)
-    return _with_draft(message, sequence, **draft)
+def opening(sequence: int, tokens: list[int], seed: int = 0, **draft: Any) -> SpeculateRequest:
+    opened = OpenSequence(sequence, tokens, SamplingParams(seed=seed), prompt_length=len(tokens))
+    return SpeculateRequest(1, open=[opened], draft=[wish(sequence, **draft)])
 
 
-def advancing(sequence: int, tokens: Sequence[int], **draft: Any) -> speculator_pb2.SpeculateRequest:
-    message = speculator_pb2.SpeculateRequest(step=2)
-    message.advance.add(sequence_id=sequence, token_ids=tokens)
-    return _with_draft(message, sequence, **draft)
+def advancing(sequence: int, tokens: Sequence[int], **draft: Any) -> SpeculateRequest:
+    return SpeculateRequest(2, advance=[AdvanceSequence(sequence, tokens)], draft=[wish(sequence, **draft)])
 
 
-def _with_draft(
-    message: speculator_pb2.SpeculateRequest, sequence: int, **draft: Any
-) -> speculator_pb2.SpeculateRequest:
-    message.draft.add(sequence_id=sequence, **({"max_nodes": 6, "max_depth": 3, "selection": TOP} | draft))
-    return message
+def wish(sequence: int, **draft: Any) -> DraftRequest:
+    return DraftRequest(sequence, **({"max_nodes": 6, "max_depth": 3} | draft))
 
 
-def trees_of(response: speculator_pb2.SpeculateResponse) -> list[TokenTree]:
-    (draft,) = response.drafts
-    return [tree_from_wire(tree, VOCAB) for tree in draft.trees]
+def trees_of(response: SpeculateResponse) -> Sequence[TokenTree]:
+    (trees,) = response.drafts.values()
+    return trees
 
 
 def speak(service: DraftService, sequence: int, output: list[int]) -> None:
     service.answer(9, opening(sequence, PROMPT))
     service.answer(9, advancing(sequence, output))
-    service.answer(9, speculator_pb2.SpeculateRequest(close=[sequence]))
+    service.answer(9, SpeculateRequest(close=[sequence]))
 
 
 def test_a_sequence_that_ends_leaves_its_last_tokens_to_the_index() -> None:
     """They come in the message that closes it, together with another sequence's order."""
     service, _ = build(("suffix-index",))
     service.answer(9, opening(1, PROMPT))
-    message = speculator_pb2.SpeculateRequest(step=2, close=[1])
-    message.advance.add(sequence_id=1, token_ids=[3, 3, 0, 1, 2])
-    message.open.extend(opening(2, [3, 3, 0]).open)
-    (tree,) = trees_of(service.answer(9, _with_draft(message, 2)))
+    message = opening(2, [3, 3, 0])
+    message.advance, message.close = [AdvanceSequence(1, [3, 3, 0, 1, 2])], [1]
+    (tree,) = trees_of(service.answer(9, message))
     assert list(tree.token_ids[:3]) == [0, 1, 2]
     assert service.answer(9, advancing(1, [0])).unknown_sequence_ids == [1]
 
@@ -190,7 +186,7 @@ def test_sessions_of_all_sources_open_and_close_together() -> None:
     service.end(1)
     assert list(model.sessions) == [(2, 1)]
     lost = service.answer(1, advancing(1, [1]))
-    assert (list(lost.unknown_sequence_ids), list(lost.drafts)) == ([1], [])
+    assert (list(lost.unknown_sequence_ids), lost.drafts) == ([1], {})
     again = service.answer(1, opening(1, [*PROMPT, 1]))
     assert not again.unknown_sequence_ids
     assert trees_of(again)
@@ -198,8 +194,7 @@ def test_sessions_of_all_sources_open_and_close_together() -> None:
 
 def test_nothing_found_is_nothing_sent() -> None:
     service, _ = build(("prompt-lookup", "suffix-index"))
-    (draft,) = service.answer(1, opening(4, [3])).drafts
-    assert (draft.sequence_id, list(draft.trees)) == (4, [])
+    assert service.answer(1, opening(4, [3])).drafts == {4: []}
 
 
 def test_models_are_left_out_of_a_draft_by_look_up_alone() -> None:

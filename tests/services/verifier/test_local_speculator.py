@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from protos import speculator_pb2
+from services.common.drafting import SpeculateRequest, SpeculateResponse
 from services.common.lifecycle import StartupError
 from services.speculator.hosting import HostedSpeculator
 from services.speculator.loading import LoadedSpeculator
@@ -17,6 +18,7 @@ from services.speculator.settings import SpeculatorSettings
 from services.verifier import local_speculator
 from services.verifier.engine import Engine
 from services.verifier.runner import Runner
+from speculation.tree import TokenTree
 from tests.services.harness import Host, Services
 from tests.services.verifier.test_lossless import assert_lossless, prompts
 from tests.tiny_models import write_model
@@ -104,7 +106,7 @@ class Failing(HostedSpeculator):
 
     broken = False
 
-    def answer(self, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+    def answer(self, message: SpeculateRequest) -> SpeculateResponse:
         if Failing.broken:
             raise RuntimeError("no more drafts")
         return super().answer(message)
@@ -113,12 +115,14 @@ class Failing(HostedSpeculator):
 class Wild(HostedSpeculator):
     """Drafts tokens that no vocabulary has."""
 
-    def answer(self, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+    def answer(self, message: SpeculateRequest) -> SpeculateResponse:
         response = super().answer(message)
-        for draft in response.drafts:
-            for tree in draft.trees:
-                tree.token_ids[-1] = 1 << 20
-        return response
+        wild = {key: [_with_last_token(tree, 1 << 20) for tree in trees] for key, trees in response.drafts.items()}
+        return replace(response, drafts=wild)
+
+
+def _with_last_token(tree: TokenTree, token_id: int) -> TokenTree:
+    return replace(tree, token_ids=(*tree.token_ids[:-1], token_id))
 
 
 def test_its_failures_cost_no_token(
