@@ -106,7 +106,7 @@ def grow_lookup_tree(
     """
     found = index.find(tail)
     if not found.positions or bounds.nodes < 1:
-        return LookupDraft(TokenTree((tail[-1],), (-1,), source=source, confidences=(0.0,)))
+        return LookupDraft(TokenTree.of_sound_parts((tail[-1],), (-1,), {}, source, (0.0,)))
     token_ids, parents, depths, confidences = [tail[-1]], [-1], [0], [0.0]
     claims: dict[int, Claim] = {}
     floor = math.log(bounds.floor) if bounds.floor > 0 else -math.inf

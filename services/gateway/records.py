@@ -1,6 +1,6 @@
 """The request's record in Redis: the only state of a request outside the process that serves it.
 
-Keys, all with the TTL of the settings, renewed by every write:
+Keys, all with the TTL of the settings, of which every write leaves at least three quarters:
 
     specserve:request:{id}                  hash
         state         queued | running | finished | failed | cancelled
@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -85,10 +86,11 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
 
 @dataclass
 class _Pending:
-    """Tokens of one choice that are not in Redis yet; `offset` tokens are."""
+    """Tokens of one choice that are not in Redis yet; `offset` tokens are. renewed: when their TTL last was."""
 
     offset: int = 0
     token_ids: list[int] = field(default_factory=list)
+    renewed: float = -math.inf
 
 
 class Records:
@@ -195,6 +197,7 @@ class Records:
         async with self._redis.pipeline(transaction=True) as pipeline:
             for choice in range(choices):
                 self._add_pending(pipeline, request_id, choice)
+                pipeline.expire(tokens_key(request_id, choice), self._ttl_s)
             pipeline.hset(request_key(request_id), mapping=fields)
             pipeline.expire(request_key(request_id), self._ttl_s)
             await pipeline.execute()
@@ -204,9 +207,8 @@ class Records:
         pending = self._pending.get((request_id, choice))
         if pending is None or not pending.token_ids:
             return 0
-        key = tokens_key(request_id, choice)
-        pipeline.setrange(key, 4 * pending.offset, cast(str, pack_tokens(pending.token_ids)))
-        pipeline.expire(key, self._ttl_s)
+        packed = cast(str, pack_tokens(pending.token_ids))
+        pipeline.setrange(tokens_key(request_id, choice), 4 * pending.offset, packed)
         return len(pending.token_ids)
 
     async def _flush_until_closed(self) -> None:
@@ -223,9 +225,12 @@ class Records:
         await self._try(self._flush)
 
     async def _flush(self) -> None:
+        now = time.monotonic()
+        due = {key for key, pending in self._pending.items() if now - pending.renewed > self._ttl_s / 4}
         async with self._redis.pipeline(transaction=False) as pipeline:
             sent = {key: self._add_pending(pipeline, *key) for key in self._pending}
-            for request_id in {request_id for request_id, _ in sent}:
+            for request_id, choice in due:
+                pipeline.expire(tokens_key(request_id, choice), self._ttl_s)
                 pipeline.expire(request_key(request_id), self._ttl_s)
             await pipeline.execute()
         for key, count in sent.items():
@@ -233,6 +238,8 @@ class Records:
                 del pending.token_ids[:count]
                 pending.offset += count
                 self._waiting_tokens -= count
+                if key in due:
+                    pending.renewed = now
 
     def _drop_pending(self) -> None:
         """Forget tokens that cannot be written; their places stay empty and their records say so."""

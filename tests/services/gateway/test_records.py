@@ -121,6 +121,31 @@ def test_what_is_pending_is_written_at_the_end(redis_url: str, database: redis.R
     assert tokens(database, "b") == [5]
 
 
+def test_a_ttl_is_renewed_now_and_then_and_at_the_end(redis_url: str, database: redis.Redis) -> None:
+    keys = [request_key("a"), tokens_key("a", 0)]
+    seen: list[list[int]] = []
+
+    def note() -> None:
+        seen.append([int(str(database.ttl(key))) for key in keys])
+        for key in keys:
+            database.expire(key, 60)
+
+    async def scenario(records: Records) -> None:
+        await records.create("a", {}, [[1]], [0])
+        for token in (1, 2):
+            records.add_tokens("a", 0, [token])
+            await asyncio.sleep(0.2)
+            note()
+        await records.end("a", 1, State.FINISHED, first_token=None)
+        note()
+
+    run_records(redis_url, scenario, pytest.fail)
+    first, second, last = seen
+    assert min(first) > 90
+    assert max(second) <= 60, "it was renewed a moment ago"
+    assert min(last) > 90
+
+
 def test_a_cancellation_is_never_swallowed(redis_url: str) -> None:
     async def scenario(records: Records) -> None:
         await records.create("a", {}, [[1]], [0])
