@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import grpc
@@ -141,11 +142,9 @@ class GenerateStream:
             self._open.pop(sequence_id).on_end()
 
     async def _send(self) -> None:
-        while True:
-            message = await self._outgoing.get()
-            while not self._outgoing.empty():
-                message.MergeFrom(self._outgoing.get_nowait())
-            await self._call.write(message)
+        with suppress(grpc.RpcError, asyncio.InvalidStateError):  # the call has ended, which `_receive` is told
+            while True:
+                await self._call.write(await self._outgoing.get())
 
     async def _receive(self) -> None:
         reason: VerifierError = VerifierUnavailable("the verifier has ended the stream of its outputs")

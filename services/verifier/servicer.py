@@ -102,8 +102,9 @@ class GenerateStream:
                     self._cancel(sequence_id)
         except StatusError as fault:
             self._fault = fault
-        self._half_closed = True
-        self.look()
+        finally:
+            self._half_closed = True
+            self.look()
 
     async def responses(self) -> AsyncIterator[verifier_pb2.GenerateResponse]:
         """What becomes of the sequences, as it comes, until the last has ended and none can begin any more.
