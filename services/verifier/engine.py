@@ -59,6 +59,9 @@ class Engine:
         self.drafts = drafts
         self.metrics = metrics
         self._on_fatal = on_fatal
+        metrics.waiting.set_function(lambda: len(scheduler.waiting))
+        metrics.running.set_function(lambda: len(scheduler.running))
+        metrics.kv_free_blocks.set_function(lambda: scheduler.cache.free_blocks)
         self._inbox = Inbox(max_waiting, lambda: len(scheduler.waiting))
         self._aborted = threading.Lock()  # once taken, it is never given back
         self._sequences: dict[int, RunningSequence] = {}
@@ -215,7 +218,8 @@ class Engine:
                 for sink, output in report.outputs:
                     sink(output)
                 self.metrics.count_step(report)
-                self._count_load()
+                if preemptions := self.scheduler.take_preemptions():
+                    self.metrics.preemptions.inc(preemptions)
                 self._learn(ask, report)
 
     def _learn(self, ask: Ask, report: StepReport) -> None:
@@ -223,13 +227,6 @@ class Engine:
             self.drafts.budget.learn(ask, report.accepted, report.draft_seconds, report.step_seconds)
         except Exception:  # the step is over and its tokens are out: what it taught is worth no request
             log.exception("nothing was learned from a step")
-
-    def _count_load(self) -> None:
-        metrics, scheduler = self.metrics, self.scheduler
-        metrics.running.set(len(scheduler.running))
-        metrics.waiting.set(len(scheduler.waiting))
-        metrics.preemptions.inc(scheduler.take_preemptions())
-        metrics.kv_free_blocks.set(scheduler.cache.free_blocks)
 
     def _end(self, sequence: RunningSequence, outcome: str) -> None:
         del self._sequences[sequence.id]

@@ -6,6 +6,7 @@ import math
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 
@@ -97,9 +98,14 @@ class VerifierMetrics:
             "reason",
         )
 
+        # Looking a label up takes longer than counting, and every step does some ten times.
+        self._step_of_rows = cache(self.step_seconds.labels)
+        self._accepted_at = cache(self.accepted_at.labels)
+        self._accepted_from = cache(self.accepted_from.labels)
+
     def count_step(self, report: StepReport) -> None:
         bucket = next((str(limit) for limit in _NODES if report.rows <= limit), f"over {_NODES[-1]}")
-        self.step_seconds.labels(bucket).observe(report.step_seconds)
+        self._step_of_rows(bucket).observe(report.step_seconds)
         self.draft_seconds.observe(report.draft_seconds)
         self.sequence_steps.inc(len(report.accepted))
         self.output_tokens.inc(sum(len(step.token_ids) for step in report.accepted.values()))
@@ -115,10 +121,10 @@ class VerifierMetrics:
         self.expected_tokens.inc(sum(math.exp(sure) for draft, _ in drafted for sure in draft.tree.confidences[1:]))
         self.accepted_tokens.inc(sum(len(step.nodes) for _, step in drafted))
         for depth, count in Tally(depth for _, step in drafted for depth, _ in enumerate(step.nodes, start=1)).items():
-            self.accepted_at.labels(depth).inc(count)
+            self._accepted_at(depth).inc(count)
         sources: Tally[str] = Tally()
         for draft, step in drafted:
             for tree, nodes in zip(draft.components, draft.maps, strict=True):
                 sources[tree.source] += len(set(nodes) & set(step.nodes))
         for source, count in sources.items():
-            self.accepted_from.labels(source).inc(count)
+            self._accepted_from(source).inc(count)
