@@ -56,18 +56,15 @@ class Servicer(VerifierServicer):
         self, request_iterator: AsyncIterator[verifier_pb2.GenerateRequest], context: object
     ) -> AsyncGenerator[verifier_pb2.GenerateResponse, None]:
         stream = GenerateStream(self._engine, self._outbox, self._lifecycle)
-        tasks = [
-            asyncio.ensure_future(stream.take(request_iterator)),
-            asyncio.ensure_future(self._lifecycle.drain_started.wait()),
-        ]
-        for task in tasks:
-            task.add_done_callback(lambda _: stream.look())
+        taking = asyncio.ensure_future(stream.take(request_iterator))
+        draining = asyncio.ensure_future(self._lifecycle.drain_started.wait())
+        draining.add_done_callback(lambda _: stream.look())
         try:
             async for response in stream.responses():
                 yield response
         finally:
-            for task in tasks:
-                task.cancel()
+            taking.cancel()
+            draining.cancel()
             stream.close()
 
 
