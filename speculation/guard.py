@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from speculation.by_load import ByLoad
 
-_PLAIN_STEPS = 3  # plain steps that must be known before any draft
-_PLAIN_MEMORY = 8.0
+_PLAIN_STEPS = 8  # plain steps that must be known before any draft, and that are remembered
 # A gain below this is within what the models are wrong by.
 _LEAST_GAIN = 1.02
 # What drafting costs outside of drafted steps, as a share of these, for each sequence and at most: speculators compute
@@ -43,12 +42,13 @@ class Guard:
 
     Steps are measured against a yardstick, seconds by their size, so that the range may be wide: one that no learning
     changes, since plain and drafted steps are compared that lie far apart. Before drafting is given up, plain steps are
-    measured anew: what looks like its loss may be a machine that has become slower.
+    measured anew: what looks like its loss may be a machine that has become slower. Plain steps between drafted ones
+    are slower than those in a row, which drafting keeps from happening: only the latter count, once there are any.
     """
 
     def __init__(self, *, hopeful: bool) -> None:
         self._hopeful = hopeful
-        self._plain, self._plain_steps = 0.0, 0
+        self._plain, self._plain_steps, self._in_a_row = 0.0, 0, False
         self._account = self._mean = 0.0
         self._steps = self._sequences = 0  # drafted since the trial began
         # Means of the last ones: tokens for one of a plain step, those that were promised for the time, plain steps.
@@ -86,19 +86,28 @@ class Guard:
     @property
     def ready(self) -> bool:
         """Whether plain steps are known and no pause is left."""
-        return self._plain_steps >= _PLAIN_STEPS and self._pause <= 0
+        return self.informed and self._pause <= 0
 
     @property
-    def young(self) -> bool:
-        """Whether so few plain steps are known that what is believed of them changes with each."""
-        return self._plain_steps < _PLAIN_MEMORY
+    def informed(self) -> bool:
+        """Whether enough plain steps are known, if only such between drafted ones."""
+        return self._plain_steps >= _PLAIN_STEPS
 
-    def plain(self, seconds: float, yardstick: float) -> None:
+    @property
+    def knows_a_row(self) -> bool:
+        """Whether they are of plain steps in a row."""
+        return self._in_a_row
+
+    def plain(self, seconds: float, yardstick: float, *, in_a_row: bool) -> None:
         """A plain step took so long; by the yardstick it takes `yardstick`."""
         self._pause -= 1
+        if self._in_a_row and not in_a_row:
+            return
+        if in_a_row and not self._in_a_row:
+            self._in_a_row, self._plain_steps = True, 0
         self._plain_steps += 1
-        self._plain += (seconds / yardstick - self._plain) / min(self._plain_steps, _PLAIN_MEMORY)
-        if self._accused and self._plain_steps == _PLAIN_STEPS:
+        self._plain += (seconds / yardstick - self._plain) / min(self._plain_steps, _PLAIN_STEPS)
+        if self._accused and self.informed:
             self._judge()
 
     def drafted(
@@ -140,7 +149,8 @@ class Guard:
         self._steps = self._sequences = 0
 
     def state(self) -> Sequence[float]:
-        return [self._plain, self._plain_steps, self._account, self._mean, self._steps, self._failures, self._pause]
+        plain = [self._plain, self._plain_steps, self._in_a_row]
+        return [*plain, self._account, self._mean, self._steps, self._failures, self._pause]
 
     def restore(self, state: Sequence[float], share: float) -> None:
         """The trial goes on, without the hope of its first steps where they are over. Where the machine has changed,
@@ -148,8 +158,8 @@ class Guard:
 
         Raises ValueError or TypeError when it is of another form.
         """
-        plain, plain_steps, account, mean, steps, failures, pause = state
-        self._plain, self._plain_steps = float(plain), int(plain_steps)
+        plain, plain_steps, in_a_row, account, mean, steps, failures, pause = state
+        self._plain, self._plain_steps, self._in_a_row = float(plain), int(plain_steps), bool(in_a_row)
         self._account, self._mean, self._pause = share * account, float(mean), share * pause
         self._steps, self._failures = min(int(steps), _LONG_RUN), int(failures)
 

@@ -26,13 +26,14 @@ from speculation.merge import MergedDraft, merge_trees
 from speculation.step_curve import StepCurve
 from speculation.tree import TokenTree
 
-# Every so many drafted steps one verifies all that was asked for one sequence, or its largest tree, and some are plain,
-# to see what is given away. Plain ones come sooner while few are known at this load, and where the gain is so small
-# that a machine of changing speed can hide its end; there they cost little. The first of them tells nothing: it pays
-# for what the drafted step before left to do.
+# Every so many drafted steps one verifies all that was asked for one sequence, or its largest tree.
 _UNPRUNED_EVERY, _LARGEST_EVERY = 16, 64
-_PLAIN_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 128, 32, 8
-_PLAIN_TOGETHER = 2
+# Now and then a run of steps is plain, to see what is given away: sooner while plain steps in a row are not known at
+# this load, and where the gain is so small that a machine of changing speed can hide its end; there they cost little.
+# The first of a run tell nothing: while it drafted, the LLM's weights went from the last cache, and they come back in
+# some twenty steps (from 6.0 ms to 3.9 with 8 streams).
+_PLAIN_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 2048, 512, 64
+_PLAIN_RUN, _WARMING = 28, 20
 _SMALL_GAIN = 1.3
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
@@ -55,7 +56,7 @@ class _Step(Ask):
     price: StepPrice
     rows: int
     alone: bool  # whether it has no prompt chunks
-    behind_drafts: bool  # whether the step before had drafts
+    since_drafts: int  # plain steps before it
     option: Option | None = None
     fresh: float = 0.0  # tokens of the asked sequences that were new to the drafts
     sampled: bool = False  # whether a sequence has sampled children: what they bring must decide nothing for others
@@ -92,7 +93,9 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._reliability = Reliability()
         self._drafted_steps = self._drafts = 0
         self._rest = self._last_rest = 0  # steps
-        self._drafted_before = False  # whether the last step had drafts
+        self._since_drafts = _WARMING  # plain steps
+        self._plain_left = 0  # steps of a run
+        self._last_run = 0  # drafted steps before it
         self._drafting = False  # whether the last step that might draft did so because it pays
 
     @property
@@ -109,12 +112,14 @@ class MeasuredBudget(DraftBudget[_Step]):
             decoding += plan.decodes
             chunks += plan.chunk_end - plan.sequence.cache.length
         reckoned = self._chooser.reckon(decoding, chunks + decoding)
-        before, self._drafted_before = self._drafted_before, False
-        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0, behind_drafts=before)
+        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0, since_drafts=self._since_drafts)
+        self._since_drafts += 1
         if self._rest > 0:
             self._rest -= 1
             self._trials.wait(self._options)
-        if wishes:
+        if self._plain_left > 0:
+            self._plain_left -= 1
+        elif wishes:
             self._decide(step, reckoned, wishes)
         if self._drafting:
             self._open(step, [plan.sequence for plan in plans if plan.computes_prompt and plan.sequence.wants_drafts])
@@ -140,17 +145,17 @@ class MeasuredBudget(DraftBudget[_Step]):
             self._chooser.told(sequence)
 
     def _drafted(self, step: _Step, choice: Choice, chosen: Sequence[Wish]) -> None:
+        option = self._options.all[choice.option]
+        if self._drafted_steps - self._last_run >= self._plain_every(step, option):
+            self._plain_left, self._last_run = _PLAIN_RUN - 1, self._drafted_steps
+            return
         self._drafted_steps += 1
         self._last_rest = 0
         turn = self._drafted_steps % (2 * _LARGEST_EVERY)
-        option = self._options.all[choice.option]
         step.equal = choice.rate / choice.sharing
         step.promised = choice.rate * step.price.of(0) / step.price.tokens
-        every = self._plain_every(step, option)
-        if (turn % every) + _PLAIN_TOGETHER >= every:
-            return
         first = chosen[0]
-        if turn % _UNPRUNED_EVERY == _UNPRUNED_EVERY // 2:  # never one that is plain
+        if turn % _UNPRUNED_EVERY == _UNPRUNED_EVERY // 2:
             step.whole = first.id
         if largest := turn % _LARGEST_EVERY == _LARGEST_EVERY // 2:
             step.whole = first.id
@@ -161,7 +166,7 @@ class MeasuredBudget(DraftBudget[_Step]):
 
     def _plain_every(self, step: _Step, option: Option) -> int:
         guard = self._guards.at(step.price.tokens)[self._options.way(option)]
-        if guard.young:
+        if not guard.knows_a_row:
             return _FIRST_PLAIN_EVERY
         # Of sampled children the guard knows nothing.
         return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN and not step.sampled else _PLAIN_EVERY
@@ -173,11 +178,11 @@ class MeasuredBudget(DraftBudget[_Step]):
             step.trial, step.whole = True, wish.id
             self._chooser.reckon_anew()
             self._order(step, option, [wish], self._trials.nodes(step.price, wish.plan.draft_nodes))
-        elif not step.sampled and not self._guards.at(step.price.tokens)[0].young:
+        elif not step.sampled and self._guards.at(step.price.tokens)[0].informed:
             self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
 
     def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> None:
-        self._drafted_before = True
+        self._since_drafts = 0
         step.option, step.models, step.floor = option, option.models, option.floor
         option.cost.idle_steps = 0
         option.cost.measured += 1
@@ -236,19 +241,21 @@ class MeasuredBudget(DraftBudget[_Step]):
 
     def learn(self, step: _Step, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
         if step.option is None:
-            if step.alone and step.price.tokens and not (step.opening or step.behind_drafts):
+            if step.alone and step.price.tokens and not step.opening and step.since_drafts:
                 self._learn_plain(step, draft_seconds + step_seconds)
         elif step.answered:
             self._learn_acceptance(step, step.option, accepted)
             self._learn_times(step, step.option, accepted, draft_seconds, step_seconds)
 
     def _learn_plain(self, step: _Step, seconds: float) -> None:
-        self._prices.learn_plain(step.rows, step.price.tokens, seconds, step.price.of(0))
         guards, yardstick = self._guards.at(step.price.tokens), self._prices.yardstick.seconds(step.rows)
-        if guards[0].young:
+        in_a_row = step.since_drafts >= _WARMING
+        if in_a_row or not guards[0].knows_a_row:
+            self._prices.learn_plain(step.rows, step.price.tokens, seconds, step.price.of(0))
+        if not guards[0].informed:
             self._chooser.reckon_anew()
         for guard in guards:
-            guard.plain(seconds, yardstick)
+            guard.plain(seconds, yardstick, in_a_row=in_a_row)
 
     def _learn_acceptance(self, step: _Step, option: Option, accepted: Mapping[int, Accepted]) -> None:
         for wish in step.teaching:
@@ -309,4 +316,5 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._reliability.restore(state["reliability"], share)
         self._guards.restore(state["guards"], share)
         self._chooser.restore(state["sharing"], share)
-        self._drafted_steps, self._drafts = int(state["steps"]), int(state["drafts"])
+        self._drafted_steps = self._last_run = int(state["steps"])
+        self._drafts = int(state["drafts"])

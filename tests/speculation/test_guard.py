@@ -13,7 +13,7 @@ def settled(relative: float = 1.0) -> Guard:
     """A guard that has seen plain steps of `relative` times the yardstick."""
     guard = Guard(hopeful=True)
     for _ in range(20):
-        guard.plain(0.010 * relative, 0.010)
+        guard.plain(0.010 * relative, 0.010, in_a_row=True)
     return guard
 
 
@@ -39,7 +39,7 @@ def lost(guard: Guard, speedup: float, steps: int) -> float:
             draft(guard, speedup)
             seconds, tokens = seconds + 3 / speedup, tokens + 3
         else:
-            guard.plain(0.010, 0.010)
+            guard.plain(0.010, 0.010, in_a_row=True)
             seconds, tokens = seconds + 1, tokens + 1
     return 1 - tokens / seconds
 
@@ -47,9 +47,25 @@ def lost(guard: Guard, speedup: float, steps: int) -> float:
 def test_nothing_drafts_before_plain_steps_are_known() -> None:
     guard = Guard(hopeful=True)
     assert not guard.ready
-    for _ in range(3):
-        guard.plain(0.010, 0.010)
+    for _ in range(8):
+        guard.plain(0.010, 0.010, in_a_row=True)
     assert guard.ready
+
+
+def test_plain_steps_in_a_row_replace_those_between_drafted_ones() -> None:
+    guard = Guard(hopeful=True)
+    for _ in range(20):
+        guard.plain(0.013, 0.010, in_a_row=False)
+    assert guard.ready, "better than nothing"
+    assert not guard.knows_a_row
+    for _ in range(8):
+        guard.plain(0.010, 0.010, in_a_row=True)
+    for _ in range(20):
+        guard.plain(0.013, 0.010, in_a_row=False)
+    assert guard.ready
+    assert guard.knows_a_row
+    draft_until_refused(guard, 1.1, 64)
+    assert guard.gain == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize("speedup", [1.05, 2.0])
@@ -62,7 +78,7 @@ def test_clearly_slower_drafts_are_given_up_after_a_few_steps_and_sooner_the_nex
         guard = settled()
         assert draft_until_refused(guard, speedup, 100) <= first
         while not guard.ready:
-            guard.plain(0.010, 0.010)
+            guard.plain(0.010, 0.010, in_a_row=True)
         assert draft_until_refused(guard, speedup, 100) <= second
 
 
@@ -71,7 +87,7 @@ def test_of_many_sequences_more_is_hoped_for_in_the_first_steps_of_a_trial() -> 
     (one,), (many,) = guards.at(1), guards.at(8)
     assert one.hope == 1 < many.hope
     for _ in range(20):
-        many.plain(0.010, 0.010)
+        many.plain(0.010, 0.010, in_a_row=True)
     assert draft_until_refused(many, 1.5, 64) == 64
     assert many.hope == 1
     assert one.gain == 1
@@ -118,8 +134,8 @@ def test_a_machine_that_becomes_slower_is_told_from_drafts_that_do(speedup: floa
     draft_until_refused(guard, speedup=1.5, steps=20)
     assert draft_until_refused(guard, speedup / 1.6, 100) < 100, "by what is known of plain steps, they lose"
     for _ in range(3):  # a drafter that does lose is heard again at most
-        for _ in range(3):
-            guard.plain(0.016, 0.010)
+        for _ in range(8):
+            guard.plain(0.016, 0.010, in_a_row=True)
         draft_until_refused(guard, speedup / 1.6, 50)
     assert guard.ready is goes_on
 
@@ -137,7 +153,7 @@ def test_each_load_and_way_has_its_own_verdict() -> None:
     for sequences in (4, 16):
         for guard in guards.at(sequences):
             for _ in range(20):
-                guard.plain(0.010, 0.010)
+                guard.plain(0.010, 0.010, in_a_row=True)
     while guards.at(4)[0].ready:
         draft(guards.at(4)[0], 0.5)
     assert not guards.allow(4, 0, gain=1.5)
@@ -150,18 +166,19 @@ def test_verdicts_are_kept_and_doubted_sooner() -> None:
     guards, kept = Guards(ways=1), Guards(ways=1)
     for sequences, speedup in ((1, 2.0), (8, 0.5)):
         for _ in range(20):
-            guards.at(sequences)[0].plain(0.012, 0.010)
+            guards.at(sequences)[0].plain(0.012, 0.010, in_a_row=True)
         draft_until_refused(guards.at(sequences)[0], speedup, 100)
     kept.restore(json.loads(json.dumps(guards.state())), share=0.25)
     assert kept.allow(1, 0, gain=1.5)
     assert not kept.allow(8, 0, gain=1.5)
-    assert not kept.at(1)[0].young, "plain steps are known"
+    assert kept.at(1)[0].informed, "plain steps are known"
+    assert kept.at(1)[0].knows_a_row
     assert kept.at(1)[0].steps == 64, "the trial is not begun again"
 
     def pause(guard: Guard) -> int:
         steps = 0
         while not guard.ready:
-            guard.plain(0.012, 0.010)
+            guard.plain(0.012, 0.010, in_a_row=True)
             steps += 1
         return steps
 

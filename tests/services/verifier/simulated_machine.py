@@ -44,7 +44,7 @@ class World:
     says, right: confidence of a first child below its parent, and how often it is right. costs: seconds of a round
     trip, of a drafted sequence, of a level. overhead: of each sequence in a step. hidden: share that a step with drafts
     takes longer, which no model of costs knows of. behind: share that a step takes longer behind one with drafts, of
-    which more is left to hand out.
+    which more is left to hand out; it fades over so many plain steps, while the LLM's weights come back to the cache.
     looked_up: how often the token that look-up proposes is right. down: no speculator can be asked.
     prompt: tokens of each. fresh: seconds for each token that the drafts do not know. waking: share that drafting takes
     longer behind a step without drafts. cold: steps in the beginning, each of which takes twice as long.
@@ -58,6 +58,7 @@ class World:
     overhead: float = 0.0003
     hidden: float = 0.0
     behind: float = 0.0
+    fades: int = 1
     noise: float = 0.05
     seed: int = 1
     selection: ChildSelection = ChildSelection.TOP
@@ -78,6 +79,7 @@ class World:
         self.drafted: dict[int, int] = {}
         self.told: dict[int, int] = {}
         self.opened: list[Sequence] = []
+        self.since_drafts = 1000  # plain steps
         self._ids = itertools.count(1)
 
     def fresh_budget(self) -> MeasuredBudget:
@@ -138,11 +140,12 @@ class World:
         }
         accepted |= {s.id: Accepted((), (1,)) for s in sequences if s.id not in drafts}
         rows = len(sequences) + sum(len(draft.tree) - 1 for draft in drafts.values())
-        after_drafts = bool(self.asked and self.asked[-1])
+        behind = self.behind * max(0.0, 1 - self.since_drafts / self.fades)
+        self.since_drafts = 0 if trees else self.since_drafts + 1
         self.nodes.append(rows - len(sequences))
         self.asked.append(len(trees))
         verifying = self.step(rows) + self.overhead * len(sequences)
-        verifying *= 1 + self.hidden * bool(trees) + self.behind * after_drafts
+        verifying *= 1 + self.hidden * bool(trees) + behind
         if len(self.nodes) <= self.cold:
             drafting, verifying = 2 * drafting, 2 * verifying
         drafting, verifying = (value * self.random.lognormvariate(0, self.noise) for value in (drafting, verifying))

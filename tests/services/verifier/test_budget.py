@@ -124,6 +124,16 @@ def test_plain_steps_are_not_taken_for_as_slow_as_behind_drafts(behind: float, r
     assert sum(ratios) / 6 > 0.98
 
 
+@pytest.mark.parametrize(("streams", "right", "each"), [(1, 0.6, 0.0002), (2, 0.7, 0.0006), (4, 0.7, 0.0002)])
+def test_plain_steps_are_measured_in_a_row(streams: int, right: float, each: float) -> None:
+    """Between drafted ones they are slow, since the LLM's weights have left the cache, for a dozen steps."""
+    ratios = []
+    for seed in range(6):
+        world = World(small_cpu, right, costs=(0.0006, each, 0.0001), behind=0.3, fades=12, seed=seed)
+        ratios.append(world.speedup(streams, steps=600))
+    assert sum(ratios) / 6 > 0.97
+
+
 @pytest.mark.parametrize("streams", [4, 8])
 def test_plain_steps_that_were_thought_too_fast_do_not_make_drafting_look_good(streams: int) -> None:
     """While the price of a step is corrected, what is known of plain steps stays what the clock said."""
