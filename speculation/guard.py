@@ -98,6 +98,15 @@ class Guard:
         """Whether they are of plain steps in a row."""
         return self._in_a_row
 
+    @property
+    def accused(self) -> bool:
+        """Whether it seems to lose, and plain steps must be measured anew before that is believed."""
+        return self._accused > 0
+
+    def passed(self) -> None:
+        """A step went by that drafted in another way."""
+        self._pause -= 1
+
     def plain(self, seconds: float, yardstick: float, *, in_a_row: bool) -> None:
         """A plain step took so long; by the yardstick it takes `yardstick`."""
         self._pause -= 1
@@ -137,8 +146,9 @@ class Guard:
 
     def _judge(self) -> None:
         lost, self._accused = self._accused, 0.0
-        if self._brought > (1 + self._unseen) * self._took / self._plain:
-            self._account = self._mean = 0.0
+        gained = self._brought - (1 + self._unseen) * self._took / self._plain
+        if gained > 0:
+            self._account, self._mean = 0.0, gained
         else:
             self._give_up(lost)
 

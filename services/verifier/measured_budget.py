@@ -14,6 +14,7 @@ from services.verifier.budget import Ask, DraftBudget, Wish
 from services.verifier.candidates import Candidate
 from services.verifier.draft_chooser import DraftChooser, Reckoned
 from services.verifier.draft_options import IdleTrials, Option, Options, tamed
+from services.verifier.plain_runs import WARMING, PlainRuns
 from services.verifier.scheduler import SequencePlan
 from services.verifier.sequence import Sequence as RunningSequence
 from services.verifier.step_prices import StepPrices
@@ -28,13 +29,9 @@ from speculation.tree import TokenTree
 
 # Every so many drafted steps one verifies all that was asked for one sequence, or its largest tree.
 _UNPRUNED_EVERY, _LARGEST_EVERY = 16, 64
-# Now and then a run of steps is plain, to see what is given away: sooner while plain steps in a row are not known at
-# this load, and where the gain is so small that a machine of changing speed can hide its end; there they cost little.
-# The first of a run tell nothing: while it drafted, the LLM's weights went from the last cache, and they come back in
-# some twenty steps (from 6.0 ms to 3.9 with 8 streams).
-_PLAIN_EVERY, _PLAIN_OFTEN, _FIRST_PLAIN_EVERY = 2048, 512, 64
-_PLAIN_RUN, _WARMING = 28, 20
-_SMALL_GAIN = 1.3
+# The first steps of a process take up to three times as long as later ones: believed, they would spoil what is known of
+# large steps, of drafting and of plain decoding. What was kept of an earlier process is judged all the same.
+_COLD_STEPS = 32
 # Trials of drafting that does not pay are rare: what the last of them say counts, not what was long ago.
 _TRIAL_MEMORY = 8.0
 # Steps for which no draft is thought of when none pays, and for how many at most when none has for long: thinking costs
@@ -56,7 +53,7 @@ class _Step(Ask):
     price: StepPrice
     rows: int
     alone: bool  # whether it has no prompt chunks
-    since_drafts: int  # plain steps before it
+    plain_before: int  # steps since the last one with drafts
     option: Option | None = None
     fresh: float = 0.0  # tokens of the asked sequences that were new to the drafts
     sampled: bool = False  # whether a sequence has sampled children: what they bring must decide nothing for others
@@ -93,9 +90,8 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._reliability = Reliability()
         self._drafted_steps = self._drafts = 0
         self._rest = self._last_rest = 0  # steps
-        self._since_drafts = _WARMING  # plain steps
-        self._plain_left = 0  # steps of a run
-        self._last_run = 0  # drafted steps before it
+        self._runs = PlainRuns()
+        self._learned_steps = 0
         self._drafting = False  # whether the last step that might draft did so because it pays
 
     @property
@@ -112,14 +108,12 @@ class MeasuredBudget(DraftBudget[_Step]):
             decoding += plan.decodes
             chunks += plan.chunk_end - plan.sequence.cache.length
         reckoned = self._chooser.reckon(decoding, chunks + decoding)
-        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0, since_drafts=self._since_drafts)
-        self._since_drafts += 1
+        step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0, plain_before=self._runs.in_a_row)
+        self._runs.in_a_row += 1
         if self._rest > 0:
             self._rest -= 1
             self._trials.wait(self._options)
-        if self._plain_left > 0:
-            self._plain_left -= 1
-        elif wishes:
+        if wishes and not self._runs.goes_on(decoding):
             self._decide(step, reckoned, wishes)
         if self._drafting:
             self._open(step, [plan.sequence for plan in plans if plan.computes_prompt and plan.sequence.wants_drafts])
@@ -146,8 +140,9 @@ class MeasuredBudget(DraftBudget[_Step]):
 
     def _drafted(self, step: _Step, choice: Choice, chosen: Sequence[Wish]) -> None:
         option = self._options.all[choice.option]
-        if self._drafted_steps - self._last_run >= self._plain_every(step, option):
-            self._plain_left, self._last_run = _PLAIN_RUN - 1, self._drafted_steps
+        guards = self._guards.at(step.price.tokens)
+        # Of sampled children the guards know nothing.
+        if not step.sampled and self._runs.begins(step.price.tokens, guards, guards[self._options.way(option)]):
             return
         self._drafted_steps += 1
         self._last_rest = 0
@@ -164,25 +159,19 @@ class MeasuredBudget(DraftBudget[_Step]):
         if largest and first.selection is not ChildSelection.SAMPLED:
             step.nodes[first.id] = first.plan.draft_nodes
 
-    def _plain_every(self, step: _Step, option: Option) -> int:
-        guard = self._guards.at(step.price.tokens)[self._options.way(option)]
-        if not guard.knows_a_row:
-            return _FIRST_PLAIN_EVERY
-        # Of sampled children the guard knows nothing.
-        return _PLAIN_OFTEN if guard.gain < _SMALL_GAIN and not step.sampled else _PLAIN_EVERY
-
     def _idle(self, step: _Step, wishes: Sequence[Wish]) -> None:
+        if not self._guards.at(step.price.tokens)[0].informed:
+            return
         wish = min(wishes, key=self._chooser.fresh)
         option = self._trials.due(self._options, step.price, wish.plan.draft_nodes, self._chooser.fresh(wish))
         if option is not None:
             step.trial, step.whole = True, wish.id
-            self._chooser.reckon_anew()
             self._order(step, option, [wish], self._trials.nodes(step.price, wish.plan.draft_nodes))
-        elif not step.sampled and self._guards.at(step.price.tokens)[0].informed:
+        elif not step.sampled:
             self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
 
     def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> None:
-        self._since_drafts = 0
+        self._runs.drafts(step.price.tokens)
         step.option, step.models, step.floor = option, option.models, option.floor
         option.cost.idle_steps = 0
         option.cost.measured += 1
@@ -240,22 +229,29 @@ class MeasuredBudget(DraftBudget[_Step]):
                 step.drafts[sequence_id] = candidate.keep(nodes)
 
     def learn(self, step: _Step, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float) -> None:
+        self._learned_steps += 1
         if step.option is None:
-            if step.alone and step.price.tokens and not step.opening and step.since_drafts:
+            if step.alone and step.price.tokens and not step.opening and step.plain_before:
                 self._learn_plain(step, draft_seconds + step_seconds)
         elif step.answered:
             self._learn_acceptance(step, step.option, accepted)
-            self._learn_times(step, step.option, accepted, draft_seconds, step_seconds)
+            if step.alone:  # what a prompt takes beside drafts tells nothing of either
+                self._learn_times(step, step.option, accepted, draft_seconds, step_seconds)
+
+    @property
+    def _cold(self) -> bool:
+        return self._learned_steps <= _COLD_STEPS
 
     def _learn_plain(self, step: _Step, seconds: float) -> None:
         guards, yardstick = self._guards.at(step.price.tokens), self._prices.yardstick.seconds(step.rows)
-        in_a_row = step.since_drafts >= _WARMING
-        if in_a_row or not guards[0].knows_a_row:
+        in_a_row = step.plain_before >= WARMING
+        if not self._cold and (in_a_row or not guards[0].knows_a_row):
             self._prices.learn_plain(step.rows, step.price.tokens, seconds, step.price.of(0))
         if not guards[0].informed:
             self._chooser.reckon_anew()
         for guard in guards:
-            guard.plain(seconds, yardstick, in_a_row=in_a_row)
+            if not self._cold or guard.accused:
+                guard.plain(seconds, yardstick, in_a_row=in_a_row)
 
     def _learn_acceptance(self, step: _Step, option: Option, accepted: Mapping[int, Accepted]) -> None:
         for wish in step.teaching:
@@ -274,19 +270,23 @@ class MeasuredBudget(DraftBudget[_Step]):
         self, step: _Step, option: Option, accepted: Mapping[int, Accepted], draft_seconds: float, step_seconds: float
     ) -> None:
         """Whatever a drafted step costs beyond the price of its rows counts as the cost of drafting."""
-        if not step.alone:
-            option.cost.learn(step.price.tokens, step.features, draft_seconds, step.drafting)
-            return
         added = sum([len(draft.tree) - 1 for draft in step.drafts.values()])
         verifying, sequences = step.price.of(added), step.price.tokens
         seconds = tamed(draft_seconds + step_seconds, step.drafting + verifying)
-        if step.trial or self._drafted_steps <= _ALL_TIMED or self._drafted_steps % _TIMED_EVERY == 0:
+        timed = step.trial or self._drafted_steps <= _ALL_TIMED or self._drafted_steps % _TIMED_EVERY == 0
+        if timed and not self._cold:
             option.cost.learn(sequences, step.features, seconds - verifying, step.drafting)
             if added:
                 self._prices.learn_drafted(step.rows + added, sequences, step_seconds)
-        if not step.trial and not step.sampled:
+        if step.trial:
+            self._chooser.reckon_anew()
+        elif not step.sampled:
             came = sum([len(path.token_ids) for path in accepted.values()])
-            guard = self._guards.at(sequences)[self._options.way(option)]
+            guards = self._guards.at(sequences)
+            guard = guards[self._options.way(option)]
+            for other in guards:
+                if other is not guard:
+                    other.passed()
             guard.drafted(
                 came,
                 sequences + step.expected,
@@ -316,5 +316,4 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._reliability.restore(state["reliability"], share)
         self._guards.restore(state["guards"], share)
         self._chooser.restore(state["sharing"], share)
-        self._drafted_steps = self._last_run = int(state["steps"])
-        self._drafts = int(state["drafts"])
+        self._drafted_steps, self._drafts = int(state["steps"]), int(state["drafts"])

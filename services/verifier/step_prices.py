@@ -9,8 +9,6 @@ from speculation.budget import StepPrice
 from speculation.experience import LinearFit
 from speculation.step_curve import StepCurve
 
-# The first steps of a process took up to three times as long as later ones: believed, they would spoil the whole curve.
-_COLD_STEPS = 32
 # Plain steps that are remembered: few, as they are rare and a slow minute must be over soon.
 _OVERHEAD_MEMORY = 24.0
 
@@ -25,7 +23,6 @@ class StepPrices:
         self.curve = curve
         self.yardstick = StepCurve(curve.points)
         self._overhead = LinearFit((0.0, 0.0), (1, 1), _OVERHEAD_MEMORY)
-        self._steps = 0
 
     def price(self, rows: int, decoding: int, most_nodes: int) -> StepPrice:
         """rows: without drafts. most_nodes: of all drafts together."""
@@ -36,21 +33,13 @@ class StepPrices:
 
     def learn_plain(self, rows: int, decoding: int, seconds: float, believed: float) -> None:
         """A plain step tells what the curve leaves out."""
-        if self._cold():
-            return
         beyond = tamed(seconds, believed) - self.curve.seconds(rows)
         self._overhead.observe((1, decoding), 1000 * beyond)
 
     def learn_drafted(self, rows: int, decoding: int, seconds: float) -> None:
         """A drafted one tells, beyond that, what its rows cost."""
-        if self._cold():
-            return
         overhead = self._overhead.predict((1, decoding)) / 1000
         self.curve.observe(rows, max(seconds - overhead, seconds / 4))
-
-    def _cold(self) -> bool:
-        self._steps += 1
-        return self._steps <= _COLD_STEPS
 
     def state(self) -> dict[str, Any]:
         return {"curve": self.curve.points, "yardstick": self.yardstick.points, "overhead": self._overhead.state()}

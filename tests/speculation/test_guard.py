@@ -140,6 +140,28 @@ def test_a_machine_that_becomes_slower_is_told_from_drafts_that_do(speedup: floa
     assert guard.ready is goes_on
 
 
+def test_an_unlucky_step_behind_an_acquittal_is_no_reason_to_accuse_again() -> None:
+    guard = settled()
+    draft_until_refused(guard, speedup=1.5, steps=100)
+    assert draft_until_refused(guard, speedup=1.2 / 1.6, steps=100) < 100
+    for _ in range(8):
+        guard.plain(0.016, 0.010, in_a_row=True)
+    assert guard.ready
+    guard.drafted(tokens=8, expected=24.0, sequences=8, seconds=0.030 * 1.6 / 1.2, yardstick=0.010, promised=1.2)
+    assert guard.ready
+
+
+def test_a_pause_ends_while_another_way_drafts() -> None:
+    guard = settled()
+    draft_until_refused(guard, 0.5, 100)
+    for _ in range(8):
+        guard.plain(0.010, 0.010, in_a_row=True)
+    assert not guard.ready
+    for _ in range(2000):
+        guard.passed()
+    assert guard.ready
+
+
 def test_bad_luck_with_the_first_trees_is_no_reason_to_stop() -> None:
     """One sequence, whose first trees bring nothing, at twice the cost of a plain step."""
     guard = settled()

@@ -134,6 +134,38 @@ def test_plain_steps_are_measured_in_a_row(streams: int, right: float, each: flo
     assert sum(ratios) / 6 > 0.97
 
 
+def test_a_load_that_is_only_passed_through_costs_no_plain_steps() -> None:
+    """Streams that end one by one, again and again: plain steps in a row are never known of the smaller loads."""
+    world = World(memory_bound, right=0.8)
+    for _ in range(12):
+        for streams, steps in ((8, 40), (4, 8), (2, 8), (1, 8)):
+            world.speedup(streams, steps=steps)
+    assert world.asked[-256:].count(0) < 26
+
+
+def test_models_draft_again_behind_a_slow_minute_though_look_up_pays_too() -> None:
+    again = []
+    for seed in range(4):
+        world = World(small_cpu, right=0.8, looked_up=0.7, seed=seed)
+        world.speedup(1, steps=400)
+        costs = world.costs
+        world.step, world.costs = (lambda rows: 4 * small_cpu(rows)), (4 * costs[0], 4 * costs[1], 4 * costs[2])
+        world.speedup(1, steps=60)
+        world.step, world.costs = small_cpu, costs
+        world.speedup(1, steps=800)
+        again.append(sum(world.models[-100:]) / 100)
+    assert min(again) > 0.8
+
+
+def test_drafting_that_pays_survives_a_cold_start() -> None:
+    ratios = []
+    for seed in range(6):
+        world = World(small_cpu, right=0.7, cold=24, seed=seed)
+        world.speedup(1, steps=200)
+        ratios.append(world.speedup(1, steps=500))
+    assert min(ratios) > 1.05
+
+
 @pytest.mark.parametrize("streams", [4, 8])
 def test_plain_steps_that_were_thought_too_fast_do_not_make_drafting_look_good(streams: int) -> None:
     """While the price of a step is corrected, what is known of plain steps stays what the clock said."""
@@ -265,8 +297,8 @@ def test_speculators_prepare_for_a_plain_step_before_the_first_drafts() -> None:
     world = World(memory_bound, right=0.9, prompt=100)
     sequence = world.sequence(400)
     openings = []
-    for _ in range(20):
+    for _ in range(60):
         world.one_step([sequence])
         openings.append(world.opened)
     first = world.asked.index(1)
-    assert openings == [[sequence] if step == first - 1 else [] for step in range(20)]
+    assert openings == [[sequence] if step == first - 1 else [] for step in range(60)]

@@ -36,10 +36,10 @@ def test_the_next_start_drafts_at_once(tmp_path: Path) -> None:
     first = known(tmp_path)
     taught(first.budget)
     first.write()
-    for facts, drafts in (({}, 12), ({"machine": "another"}, 4)):
+    for facts, drafts in (({}, 44), ({"machine": "another"}, 3)):
         world = World(memory_bound, right=0.8)
         world.budget = known(tmp_path, **facts).budget
-        world.speedup(1, steps=12)
+        world.speedup(1, steps=44)
         assert sum(world.asked) == drafts
 
 
