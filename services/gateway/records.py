@@ -13,7 +13,8 @@ Keys, all with the TTL of the settings, of which every write leaves at least thr
         tokens_lost   1 when Redis was away for so long that tokens are missing from the record
     specserve:request:{id}:tokens:{choice}  string: uint32 little-endian, token i of the choice at byte 4 i
 
-A write of tokens names its place, so that repeating it after a timeout changes nothing.
+A write of tokens names its place, so that repeating it after a timeout changes nothing. What could not be written while
+Redis was away is written when it is back.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ FLUSH_INTERVAL_S = 0.05
 # Between attempts to write while Redis is away.
 AWAY_INTERVAL_S = 1.0
 MAX_PENDING_TOKENS = 1 << 18
+MAX_UNWRITTEN = 1 << 14
 
 
 Fields = dict[str | int | float | bytes | bytearray | memoryview, str | int | float | bytes | bytearray | memoryview]
@@ -93,12 +95,21 @@ class _Pending:
     renewed: float = -math.inf
 
 
+@dataclass
+class _Unwritten:
+    """Fields of a record that Redis did not take. choices: of a request that has ended, else 0."""
+
+    fields: Fields
+    choices: int = 0
+
+
 class Records:
     """All records that this process writes.
 
     Creating a record is awaited and may fail: then the request is not accepted. Later writes never fail a request that
     is under way: they are logged and counted through `on_error`. Tokens go out in the background, all requests in one
-    pipeline, at most every FLUSH_INTERVAL_S; while Redis is away up to MAX_PENDING_TOKENS wait for it.
+    pipeline, at most every FLUSH_INTERVAL_S; while Redis is away up to MAX_PENDING_TOKENS wait for it, and the states
+    of MAX_UNWRITTEN requests.
     """
 
     def __init__(
@@ -121,7 +132,8 @@ class Records:
         self._pending: dict[tuple[str, int], _Pending] = {}
         self._waiting_tokens = 0
         self._losers: set[str] = set()
-        self._writes: set[asyncio.Task[None]] = set()
+        self._unwritten: dict[str, _Unwritten] = {}  # the oldest first
+        self._writes: dict[str, asyncio.Task[None]] = {}  # of the state "running", by request
         self._wake = asyncio.Event()
         self._flusher = asyncio.create_task(self._flush_until_closed())
 
@@ -130,7 +142,7 @@ class Records:
         self._closing = True
         self._wake.set()
         await self._flusher  # not cancelled, for the same reason as in running()
-        await asyncio.gather(*self._writes)
+        await asyncio.gather(*self._writes.values())
         await self._redis.aclose()
 
     async def ping(self) -> None:
@@ -164,9 +176,9 @@ class Records:
     async def running(self, request_id: str) -> None:
         """The verifier has admitted the request. May be cancelled at any time; the write goes on."""
         # redis-py swallows a cancellation that comes in the middle of a reply: it must not get one
-        write = asyncio.create_task(self._try(lambda: self._write(request_id, {"state": State.RUNNING})))
-        self._writes.add(write)
-        write.add_done_callback(self._writes.discard)
+        running = _Unwritten({"state": State.RUNNING})
+        write = self._writes[request_id] = asyncio.create_task(self._write_or_keep(request_id, running))
+        write.add_done_callback(lambda _: self._writes.pop(request_id))
         await asyncio.shield(write)
 
     def add_tokens(self, request_id: str, choice: int, token_ids: Sequence[int]) -> None:
@@ -185,9 +197,29 @@ class Records:
             fields["first_token"] = first_token
         if error is not None:
             fields["error"] = error
-        if request_id in self._losers:
-            fields["tokens_lost"] = 1
-        await self._try(lambda: self._write(request_id, fields, choices))
+        if (running := self._writes.get(request_id)) is not None:
+            await asyncio.wait((running,))  # on another connection it could come behind
+        await self._write_or_keep(request_id, _Unwritten(fields, choices))
+
+    async def _write_or_keep(self, request_id: str, unwritten: _Unwritten) -> None:
+        """Write it in place of what is kept of the request; keep it for later when Redis is away."""
+        self._unwritten.pop(request_id, None)
+        if not await self._try(lambda: self._write_again(request_id, unwritten)):
+            self._unwritten[request_id] = unwritten
+            if len(self._unwritten) > MAX_UNWRITTEN:
+                oldest = next(iter(self._unwritten))
+                log.error("the end of a request is missing from its record", extra={"request": oldest})
+                self._forget(oldest, self._unwritten.pop(oldest).choices)
+            self._wake.set()
+
+    async def _write_again(self, request_id: str, unwritten: _Unwritten) -> None:
+        lost: Fields = {"tokens_lost": 1} if request_id in self._losers else {}
+        await self._write(request_id, unwritten.fields | lost, unwritten.choices)
+        if unwritten.choices:
+            self._forget(request_id, unwritten.choices)
+
+    def _forget(self, request_id: str, choices: int) -> None:
+        """Of a request that has ended nothing is kept any more."""
         for choice in range(choices):
             left = self._pending.pop((request_id, choice), _Pending())
             self._waiting_tokens -= len(left.token_ids)
@@ -218,11 +250,19 @@ class Records:
             await self._try(self._flush)
             if self._waiting_tokens > MAX_PENDING_TOKENS:
                 self._drop_pending()
-            if self._waiting_tokens:
+            await self._write_kept()
+            if self._waiting_tokens or self._unwritten:
                 self._wake.set()
             if not self._closing:
                 await asyncio.sleep(AWAY_INTERVAL_S if self._away else FLUSH_INTERVAL_S)
         await self._try(self._flush)
+        await self._write_kept()
+
+    async def _write_kept(self) -> None:
+        """Once Redis is back, the states that it did not take."""
+        while self._unwritten and not self._away:
+            request_id = next(iter(self._unwritten))
+            await self._write_or_keep(request_id, self._unwritten[request_id])
 
     async def _flush(self) -> None:
         now = time.monotonic()
@@ -251,7 +291,8 @@ class Records:
             pending.token_ids.clear()
         self._waiting_tokens = 0
 
-    async def _try(self, write: Callable[[], Awaitable[None]]) -> None:
+    async def _try(self, write: Callable[[], Awaitable[None]]) -> bool:
+        """Whether Redis took it; if not, that is logged once and counted."""
         try:
             await write()
         except (RedisError, OSError) as error:
@@ -259,7 +300,8 @@ class Records:
             if not self._away:
                 log.error("Redis is away; requests go on, their records stand still", extra={"reason": str(error)})
             self._away = True
-        else:
-            if self._away:
-                log.info("Redis is back")
-            self._away = False
+            return False
+        if self._away:
+            log.info("Redis is back")
+        self._away = False
+        return True

@@ -160,7 +160,9 @@ def test_a_cancellation_is_never_swallowed(redis_url: str) -> None:
     run_records(redis_url, scenario, pytest.fail)
 
 
-def test_redis_away_and_back(tmp_path: Path, free_port: Callable[[], int]) -> None:
+@pytest.mark.parametrize("ended", [False, True], ids=["ends later", "ends meanwhile"])
+def test_redis_away_and_back(tmp_path: Path, free_port: Callable[[], int], ended: bool) -> None:
+    """What could not be written is written when it is back."""
     port = free_port()
     url = f"redis://127.0.0.1:{port}/0"
     command = [str(find_redis_server()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
@@ -193,9 +195,18 @@ def test_redis_away_and_back(tmp_path: Path, free_port: Callable[[], int]) -> No
             await records.create("b", {}, [[1]], [0])
         with pytest.raises(RecordsUnavailable):
             await records.ping()
+        if ended:
+            await records.end("a", 1, State.FINISHED, first_token=1.0)
         process = await asyncio.to_thread(start)
         await records.ping()
-        await records.end("a", 1, State.FINISHED, first_token=1.0)
+        if not ended:
+            await asyncio.to_thread(wait_until, lambda: state() == "running")
+            await records.end("a", 1, State.FINISHED, first_token=1.0)
+        await asyncio.to_thread(wait_until, lambda: state() == "finished")
+
+    def state() -> str:
+        with redis.Redis.from_url(url) as client:
+            return record(client, "a")["state"]
 
     try:
         run_records(url, scenario, lambda: errors.append(None))
@@ -226,6 +237,36 @@ def test_tokens_that_cannot_wait_any_longer_are_dropped_and_the_record_says_so(
     run_records(redis_url, scenario, lambda: None)
     assert tokens(database, "a") == [0, 0, 0, 0, 5]
     assert record(database, "a")["tokens_lost"] == "1"
+
+
+def test_ends_that_cannot_wait_any_longer_are_dropped(
+    redis_url: str, database: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.records.MAX_UNWRITTEN", 1)
+
+    async def scenario(records: Records) -> None:
+        for name in ("a", "b"):
+            await asyncio.to_thread(database.rpush, request_key(name), "x")  # refuses the write
+            records.add_tokens(name, 0, [1])
+            await records.end(name, 1, State.FINISHED, first_token=None)
+        await asyncio.to_thread(database.delete, request_key("a"), request_key("b"))
+
+    run_records(redis_url, scenario, lambda: None)
+    assert record(database, "b")["state"] == "finished"
+    assert record(database, "a") == {}
+
+
+def test_running_never_comes_behind_the_end(redis_url: str, database: redis.Redis) -> None:
+    async def scenario(records: Records) -> None:
+        for turn in range(50):
+            await records.create(str(turn), {}, [[1]], [0])
+            running = asyncio.create_task(records.running(str(turn)))
+            await asyncio.sleep(0)
+            running.cancel()
+            await records.end(str(turn), 1, State.CANCELLED, first_token=None)
+
+    run_records(redis_url, scenario, pytest.fail)
+    assert {record(database, str(turn))["state"] for turn in range(50)} == {"cancelled"}
 
 
 def test_a_stream_goes_on_without_redis(
