@@ -17,6 +17,8 @@ from services.gateway.replicas import Replicas
 from services.gateway.tokenizer import GatewayTokenizer
 from services.gateway.verifier import Generation, ResumePolicy
 
+# The text of more prompt tokens is made in a thread of its own.
+INLINE_TOKENS = 1024
 # Takes the next piece of a choice, by the choice's index; called for one piece at a time.
 Sink = Callable[[int, Delta], Awaitable[None]]
 
@@ -48,8 +50,8 @@ class Completion:
         resume: ResumePolicy,
     ) -> None:
         self._plan = plan
-        whole = plan.request.echo or plan.request.logprobs is not None
-        self._prompts = [PromptText(tokenizer, prompt, whole=whole) for prompt in plan.prompts]
+        self._tokenizer = tokenizer
+        self._prompts: list[PromptText] = []
         self._records = records
         self._metrics = metrics
         self._arrived = arrived
@@ -65,6 +67,11 @@ class Completion:
 
     async def admit(self) -> None:
         """Return once verifiers have admitted every choice; VerifierError, and none stays, when one is refused."""
+        whole = self._plan.request.echo or self._plan.request.logprobs is not None
+        if whole and self._plan.prompt_tokens > INLINE_TOKENS:
+            self._prompts = await asyncio.to_thread(self._read_prompts, whole)
+        else:
+            self._prompts = self._read_prompts(whole)
         await _together(generation.open() for generation in self._generations)
 
     async def run(self, sink: Sink) -> None:
@@ -74,6 +81,9 @@ class Completion:
                 await sink(index, self._choice_text(index).prompt_only())
             return
         await _together(self._run_choice(index, sink) for index in range(len(self._generations)))
+
+    def _read_prompts(self, whole: bool) -> list[PromptText]:
+        return [PromptText(self._tokenizer, prompt, whole=whole) for prompt in self._plan.prompts]
 
     def cancel(self) -> None:
         """Free what the verifiers still hold."""

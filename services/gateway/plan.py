@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.gateway.errors import ApiError, invalid
@@ -15,7 +16,7 @@ from services.gateway.tokenizer import GatewayTokenizer
 
 # float32 on the wire cannot tell smaller values from 0; at this one only the most likely token is kept.
 SMALLEST_TOP_P = 1e-6
-# Longer texts are tokenized in a thread of their own; shorter ones take less than the hand-over.
+# Longer texts together are tokenized in a thread of their own; shorter ones take less than the hand-over.
 INLINE_CHARACTERS = 4096
 
 
@@ -67,7 +68,10 @@ async def plan_completion(
     each prompt has a random seed of 63 bits.
     """
     _check(request, facts, limits)
-    prompts = tuple([await _token_ids(prompt, tokenizer) for prompt in request.prompt])
+    if sum([len(prompt) for prompt in request.prompt if isinstance(prompt, str)]) <= INLINE_CHARACTERS:
+        prompts = _token_ids(request.prompt, tokenizer)
+    else:
+        prompts = await asyncio.to_thread(_token_ids, request.prompt, tokenizer)
     for index, prompt in enumerate(prompts):
         _check_prompt(prompt, index, request.max_tokens, facts)
     request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -117,12 +121,8 @@ def _check(request: CompletionRequest, facts: ModelFacts, limits: Limits) -> Non
             raise invalid(f"logit_bias has token id {token_id}; allowed: 0..{facts.vocab_size - 1}", "logit_bias")
 
 
-async def _token_ids(prompt: Prompt, tokenizer: GatewayTokenizer) -> tuple[int, ...]:
-    if isinstance(prompt, tuple):
-        return prompt
-    if len(prompt) <= INLINE_CHARACTERS:
-        return tuple(tokenizer.encode(prompt))
-    return tuple(await asyncio.to_thread(tokenizer.encode, prompt))
+def _token_ids(prompts: Sequence[Prompt], tokenizer: GatewayTokenizer) -> tuple[tuple[int, ...], ...]:
+    return tuple([prompt if isinstance(prompt, tuple) else tuple(tokenizer.encode(prompt)) for prompt in prompts])
 
 
 def _check_prompt(prompt: tuple[int, ...], index: int, max_tokens: int, facts: ModelFacts) -> None:
