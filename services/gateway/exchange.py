@@ -83,13 +83,14 @@ class CompletionResponse(Response):
         """Answer the request; returns the status for the metrics, whatever the client saw of it."""
         gateway = self._gateway
         try:
-            body = CompletionRequest.parse(await read_body(request, gateway.settings.max_body_bytes))
-            plan = await plan_completion(body, await gateway.verifiers.facts(), gateway.tokenizer, gateway.limits)
+            async with gateway.time_limit(self._arrived):
+                body = CompletionRequest.parse(await read_body(request, gateway.settings.max_body_bytes))
+                plan = await plan_completion(body, await gateway.verifiers.facts(), gateway.tokenizer, gateway.limits)
             parameters = body.model_dump(exclude={"prompt"}, exclude_defaults=True)
             seeds = [sequence.sampling.seed for sequence in plan.sequences]
             await gateway.records.create(plan.request_id, parameters, plan.prompts, seeds)
-        except (ApiError, VerifierError, RecordsUnavailable) as error:
-            refusal = _api_error(error)
+        except (ApiError, VerifierError, RecordsUnavailable, TimeoutError) as error:
+            refusal = self._api_error(error)
             await send_error(send, refusal)
             return refusal.status
         except ClientDisconnect:
@@ -114,13 +115,13 @@ class CompletionResponse(Response):
         failure: ApiError | None = None
         state, status = State.FAILED, 500
         try:
-            async with gateway.time_limit():
+            async with gateway.time_limit(self._arrived):
                 await _until_disconnect(receive, _run(completion, reply, gateway, plan.request_id))
             state, status = State.FINISHED, 200
         except ClientDisconnect:
             state, status = State.CANCELLED, CLIENT_CLOSED_REQUEST
         except (ApiError, VerifierError, TimeoutError) as error:
-            failure = _api_error(error) if not isinstance(error, TimeoutError) else gateway.time_is_over()
+            failure = self._api_error(error)
             status = failure.status
         finally:
             completion.cancel()
@@ -137,6 +138,17 @@ class CompletionResponse(Response):
                 async with asyncio.timeout(FAREWELL_TIMEOUT_S):
                     await reply.fail(failure)
         return status
+
+    def _api_error(self, error: ApiError | VerifierError | RecordsUnavailable | TimeoutError) -> ApiError:
+        match error:
+            case ApiError():
+                return error
+            case VerifierError():
+                return from_verifier(error)
+            case RecordsUnavailable():
+                return ApiError(503, str(error), code="records_unavailable", retry_after_s=RETRY_AFTER_S)
+            case TimeoutError():
+                return self._gateway.time_is_over()
 
 
 async def _run(completion: Completion, reply: Reply, gateway: Gateway, completion_id: str) -> None:
@@ -165,13 +177,3 @@ async def _until_disconnect(receive: Receive, work: Coroutine[None, None, None])
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _api_error(error: ApiError | VerifierError | RecordsUnavailable) -> ApiError:
-    match error:
-        case ApiError():
-            return error
-        case VerifierError():
-            return from_verifier(error)
-        case RecordsUnavailable():
-            return ApiError(503, str(error), code="records_unavailable", retry_after_s=RETRY_AFTER_S)

@@ -30,7 +30,7 @@ class Gateway:
     metrics: GatewayMetrics
     lifecycle: Lifecycle
     started: int = field(default_factory=lambda: int(time.time()))
-    _limits: set[asyncio.Timeout] = field(default_factory=set)
+    _deadlines: set[asyncio.Timeout] = field(default_factory=set)
 
     @property
     def limits(self) -> Limits:
@@ -41,21 +41,24 @@ class Gateway:
         return ResumePolicy(self.settings.resume_timeout_s, self.settings.resume_attempts)
 
     @asynccontextmanager
-    async def time_limit(self) -> AsyncIterator[None]:
-        """TimeoutError when a request has taken too long, or when the drain's time is over."""
-        async with asyncio.timeout(self.settings.request_timeout_s) as limit:
-            self._limits.add(limit)
+    async def time_limit(self, arrived: float) -> AsyncIterator[None]:
+        """TimeoutError when a request has taken too long, or when the drain's time is over.
+
+        arrived: when the request came, in time.monotonic().
+        """
+        async with asyncio.timeout(self.settings.request_timeout_s - (time.monotonic() - arrived)) as deadline:
+            self._deadlines.add(deadline)
             try:
                 yield
             finally:
-                self._limits.discard(limit)
+                self._deadlines.discard(deadline)
 
     def end_open_requests(self) -> None:
         """The drain's time is over: every request that is still open ends with an error."""
         now = asyncio.get_running_loop().time()
-        for limit in self._limits:
-            if not limit.expired():
-                limit.reschedule(now)
+        for deadline in self._deadlines:
+            if not deadline.expired():
+                deadline.reschedule(now)
 
     def time_is_over(self) -> ApiError:
         """Why a time limit ended a request."""

@@ -122,6 +122,15 @@ def test_a_request_that_takes_too_long(start_gateway: Callable[..., RunningGatew
     assert gateway.script.cancelled[request.request_id].wait(2)
 
 
+def test_a_body_that_never_ends_has_the_same_time(start_gateway: Callable[..., RunningGateway]) -> None:
+    gateway = start_gateway(request_timeout_s=0.5)
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 504 ")
+    assert counter(gateway, "specserve_gateway_open_requests") == 0
+
+
 def test_the_sdk_raises_an_error_in_mid_stream(gateway: RunningGateway) -> None:
     gateway.script.reply = lambda request: [300] * 5
     gateway.script.failure = RuntimeError("scripted failure")
