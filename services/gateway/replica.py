@@ -57,19 +57,18 @@ class Replica:
         return self.facts is not None and self._serving and self.listed
 
     async def meet(self) -> None:
-        """Ask for its facts and its health; VerifierUnavailable or ModelMismatch when it is not usable."""
+        """Ask for its facts and its health; VerifierUnavailable or ModelMismatch when it is not usable.
+
+        A failure changes nothing: that it is lost is for `watch` to find, which then looks for it again.
+        """
         facts = await self._client.model_facts(self._timeout_s)
-        try:
-            self._check(self, facts)
-        except VerifierError:
-            self._set(None, False)
-            raise
+        self._check(self, facts)
         if facts != self.facts:
             log.info("verifier met", extra={"address": str(self.address), "model": facts.model})
         self._set(facts, self._serving)  # at once, so that another replica that is met meanwhile is held against it
-        self._set(facts, await self._client.serving(self._timeout_s))
-        if not self._serving:
+        if not await self._client.serving(self._timeout_s):
             raise VerifierUnavailable(f"the verifier at {self.address} is not serving")
+        self._set(facts, True)
 
     async def watch(self) -> NoReturn:
         """Keep its state true: met again after each loss, told by itself when it begins to drain."""

@@ -68,11 +68,15 @@ class Replicas:
 
     async def facts(self) -> ModelFacts:
         """Facts of the model; VerifierUnavailable or ModelMismatch when no replica is usable."""
-        for replica in self._replicas.values():
-            if replica.usable and replica.facts is not None:
-                return replica.facts
-        await self._meet_all()
-        return await self.facts()
+        if (facts := self._known_facts()) is None:
+            await self._meet_all()
+            facts = self._known_facts()
+        if facts is None:
+            raise VerifierUnavailable("the verifier is unavailable: it was met and lost again")
+        return facts
+
+    def _known_facts(self) -> ModelFacts | None:
+        return next((replica.facts for replica in self._replicas.values() if replica.usable), None)
 
     async def open(
         self, request: GenerationRequest, generated_token_ids: Sequence[int], *, meet: bool
@@ -116,10 +120,11 @@ class Replicas:
                     )
 
     async def _meet_all(self) -> None:
-        """Return when a replica is usable; raise the most telling reason when none is."""
-        if not self._replicas:
+        """Return when a listed replica could be met; raise the most telling reason when none could."""
+        listed = [replica for replica in self._replicas.values() if replica.listed]
+        if not listed:
             raise VerifierUnavailable(f"the verifier is unavailable: {self._unresolved or 'its name has no address'}")
-        results = await asyncio.gather(*(each.meet() for each in self._replicas.values()), return_exceptions=True)
+        results = await asyncio.gather(*(replica.meet() for replica in listed), return_exceptions=True)
         failures = [result for result in results if isinstance(result, VerifierError)]
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, VerifierError):
@@ -150,6 +155,7 @@ class Replicas:
             self._watches[address] = asyncio.create_task(replica.watch())
         for address, replica in list(self._replicas.items()):
             replica.listed = address in addresses
+            self._report(replica)
             if not replica.listed and replica.sequences == 0:
                 await self._retire(address)
 

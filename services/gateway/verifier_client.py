@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import grpc
@@ -47,23 +47,18 @@ class VerifierClient:
 
     async def serving(self, timeout_s: float) -> bool:
         """Whether the verifier's health check says SERVING within the time."""
-        return await is_serving(self._channel, timeout_s=timeout_s)
+        with _verifier_errors():
+            return await is_serving(self._channel, timeout_s=timeout_s)
 
     async def wait_not_serving(self) -> None:
         """Return when it says that it takes no more requests; VerifierUnavailable when the connection is lost."""
-        try:
+        with _verifier_errors():
             await wait_not_serving(self._channel)
-        except grpc.aio.AioRpcError as error:
-            raise wire.error_of_call(error) from error
 
     async def model_facts(self, timeout_s: float) -> ModelFacts:
         """Facts of the model that the verifier serves."""
-        try:
+        with _verifier_errors():
             info: tree_pb2.ModelInfo = await self._stub.GetModelInfo(tree_pb2.ModelInfoRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise VerifierUnavailable(f"the verifier gave no model facts within {timeout_s:g} s") from error
-            raise wire.error_of_call(error) from error
         return wire.model_facts(info)
 
     def generate(
@@ -74,8 +69,27 @@ class VerifierClient:
         on_end: called once when nothing more comes, whatever the reason.
         """
         if self._stream is None or self._stream.over:
-            self._stream = GenerateStream(self._stub.Generate())
+            with _verifier_errors():
+                self._stream = GenerateStream(self._stub.Generate())
         return self._stream.begin(request, generated_token_ids, on_end)
+
+
+@contextmanager
+def _verifier_errors() -> Iterator[None]:
+    """What ends a call, as a VerifierError: also that its channel was closed, before it or in the middle of it.
+
+    To the caller the latter looks as if its own task had been cancelled, and a task group would say nothing of it.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise wire.error_of_call(error) from error
+    except grpc.aio.UsageError as error:
+        raise VerifierUnavailable(f"the verifier is unavailable: {error}") from error
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        raise VerifierUnavailable("the verifier is unavailable: the gateway has closed its connection") from None
 
 
 class RemoteSequence:
@@ -155,6 +169,7 @@ class GenerateStream:
             reason = wire.error_of_call(error)
         finally:
             self.over = True
+            self._call.cancel()  # of a response that is no response the verifier knows nothing
             self._tasks[0].cancel()
             for sequence_id in list(self._open):
                 self._end(sequence_id, reason)

@@ -60,6 +60,8 @@ def error_of_call(error: grpc.aio.AioRpcError) -> VerifierError:
     code, details = error.code(), error.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE:
         return VerifierUnavailable(f"the verifier is unavailable: {details}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return VerifierUnavailable("the verifier is unavailable: it did not answer in time")
     return VerifierFailed(f"the verifier failed with {code.name}: {details}")
 
 
@@ -103,6 +105,8 @@ def step(output: verifier_pb2.SequenceOutput) -> Step:
         raise VerifierFailed(
             f"the verifier sent {len(output.logprobs)} log-probabilities for {len(output.token_ids)} tokens"
         )
+    if output.finish_reason not in _FINISH_REASONS:
+        raise VerifierFailed(f"the verifier sent finish reason {output.finish_reason}, which is not known here")
     return Step(
         token_ids=tuple(output.token_ids),
         logprobs=tuple(_logprob(entry) for entry in output.logprobs),
@@ -113,4 +117,8 @@ def step(output: verifier_pb2.SequenceOutput) -> Step:
 
 
 def _logprob(entry: verifier_pb2.TokenLogprob) -> Logprob:
+    if len(entry.top_token_ids) != len(entry.top_logprobs):
+        raise VerifierFailed(
+            f"the verifier sent {len(entry.top_logprobs)} log-probabilities of {len(entry.top_token_ids)} alternatives"
+        )
     return Logprob(entry.logprob, tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True)))

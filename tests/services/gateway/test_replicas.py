@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from services.common.model_files import tokenizer_hash
 from services.common.settings import SettingsError
 from services.gateway.settings import GatewaySettings
+from services.gateway.verifier_client import VerifierClient
 from services.verifier.request import QueueFull
 from tests.services.gateway.conftest import RunningGateway, counter, in_thread, wait_until
 from tests.services.gateway.scripted_verifier import Facts, Script, ScriptedVerifier, running
@@ -135,6 +137,58 @@ def test_a_name_stands_for_all_its_addresses(
     wait_until(lambda: pair.addresses[0] not in gateway.get("/metrics").text)
     ask(gateway, n=4)
     assert pair.requests == [2, 6]
+
+
+def test_one_that_the_name_has_lost_does_not_stand_for_the_others(
+    start_gateway: Callable[..., RunningGateway],
+    pair: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    free_port: Callable[[], int],
+) -> None:
+    """It still ends what it has begun; new requests are refused soon, since nobody is there for them."""
+    answer = [("127.0.0.1", int(pair.addresses[0].rpartition(":")[2]))]
+    real = socket.getaddrinfo
+
+    def resolve(host: Any, port: Any, *rest: Any, **options: Any) -> list[Any]:
+        if host != "verifiers.example":
+            return list(real(host, port, *rest, **options))
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in answer]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr("services.gateway.replicas.RESOLVE_S", 0.1)
+    pair.scripts[0].delay_s = 0.2
+    gateway = start_gateway(verifier=f"verifiers.example:{answer[0][1]}")
+    wait_until(lambda: up(gateway, pair.addresses[0]))
+    stream = gateway.client.completions.create(model="scripted", prompt="x", max_tokens=20, stream=True)
+    assert isinstance(stream, openai.Stream)
+    begun = iter(stream)
+    next(begun)
+    answer[0] = ("127.0.0.3", answer[0][1])
+    wait_until(lambda: not up(gateway, pair.addresses[0]))
+    asked = time.monotonic()
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(gateway)
+    assert caught.value.status_code == 503
+    assert time.monotonic() - asked < 2, "before the other has ended"
+    assert list(begun)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_check_that_fails_for_one_request_does_not_lose_the_verifier_for_all(
+    start_gateway: Callable[..., RunningGateway], pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = start_gateway(verifier=pair.addresses)
+    wait_until(lambda: up(gateway, *pair.addresses))
+    late = [False]
+    serving = VerifierClient.serving
+
+    async def late_once(client: VerifierClient, timeout_s: float) -> bool:
+        return late.pop() if late else await serving(client, timeout_s)
+
+    monkeypatch.setattr(VerifierClient, "serving", late_once)
+    for script in pair.scripts:
+        script.lost_after, script.losses = 3, 1
+    assert ask(gateway).choices[0].finish_reason == "length"
+    assert up(gateway, *pair.addresses)
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:http", ":50051", "localhost:70000"])
