@@ -19,7 +19,7 @@ from runtime.kv_cache import CacheFull, KVCache
 from runtime.step_model import LoadedPart
 from services.common.lifecycle import StartupError
 from services.common.model_facts import ModelFacts
-from services.common.model_files import resolve_model, tokenizer_hash
+from services.common.model_files import resolve_model, served_name, tokenizer_hash
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class LoadedModel(Generic[M]):
         except (UnsupportedModel, BackendUnavailable, CacheFull) as error:
             raise StartupError(str(error)) from None
         leave_cores_to_kernels(model)
-        facts = _facts(name or Path(folder_or_id).name, model, tokenizer_hash(folder))
+        facts = _facts(name or served_name(folder_or_id), model, tokenizer_hash(folder))
         log.info("model loaded", extra={**vars(facts), "because": model.backend.reason, "kv_blocks": cache.blocks})
         if model.backend.name == "torch" and model.backend.reason != REQUESTED:
             log.warning("no kernels of our own run: text comes slowly", extra={"because": model.backend.reason})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ def resolve_model(name: str, files: Sequence[str] = HUB_FILES) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelFilesError(f"model {name}: {folder} has no config.json; give a folder saved by save_pretrained()")
     return folder.resolve()
+
+
+def served_name(name: str) -> str:
+    """What a model given as a folder or as a hub id is called: the folder's own name, or the whole id."""
+    folder = Path(name).expanduser()
+    # A link keeps its own name; "." and ".." have none.
+    return Path(os.path.abspath(folder)).name if folder.is_dir() else name
 
 
 def tokenizer_hash(folder: Path) -> str:
