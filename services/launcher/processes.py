@@ -171,10 +171,15 @@ class Child:
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > LINE_BYTES:
                     lines, rest = [*lines, rest], b""
-                for raw in lines:
-                    line = raw.decode(errors="replace")
-                    self.tail.append(line)
-                    on_line(line)
+                for line in lines:
+                    self._keep(line, on_line)
+        if rest:
+            self._keep(rest, on_line)
+
+    def _keep(self, raw: bytes, on_line: Callable[[str], None]) -> None:
+        line = raw.decode(errors="replace")
+        self.tail.append(line)
+        on_line(line)
 
     async def _wait(self) -> int:
         code = await self._process.wait()

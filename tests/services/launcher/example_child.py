@@ -42,7 +42,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     note("started", os.getpid())
     if options.fail:
-        print("first line\nthe model is missing", file=sys.stderr)
+        print("first line\nthe model is missing", file=sys.stderr, end="")
         sys.exit(3)
     if options.grandchild:
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"

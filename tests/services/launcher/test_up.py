@@ -26,6 +26,7 @@ def test_a_child_that_fails_at_its_start_stops_all_with_its_last_words(launch: L
     code, err = run.end()
     assert code == 1
     assert "model | first line" in err
+    assert "model | the model is missing" in err, "though it ends without a newline"
     assert "error: model ended at its start with exit code 3: the model is missing\n" in err
     assert not any(alive(pid) for pid in run.all_pids())
 
