@@ -138,6 +138,7 @@ def _hold_port(held: ExitStack, host: str, wanted: int, flag: str) -> int:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen(1)  # only a port that is listened on is refused to a second socket with SO_REUSEADDR
         except OSError as error:
             reason = error.strerror
         else:

@@ -175,6 +175,13 @@ def test_a_taken_port_is_named_before_anything_starts(settings: UpSettings) -> N
             make(replace(settings, verifier_port=port))
 
 
+def test_a_port_that_is_given_twice_is_named(settings: UpSettings, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(SettingsError, match=f"--port: cannot listen on {host}:{port}"):
+            make(replace(settings, host=host, port=port, verifier_port=port))
+
+
 def test_a_missing_model_is_named_before_anything_starts(settings: UpSettings) -> None:
     with pytest.raises(ModelFilesError, match="model /nowhere: no such folder"):
         make(replace(settings, ssm=("/nowhere",)))
