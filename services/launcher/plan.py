@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 FREE_CHOICES = range(20_000, 30_000)
 FREE_ATTEMPTS = 20
 # Settings that `up` hands on to a service, unless the service's own table or environment gives them.
-SHARED = ("log_level", "log_format", "drain_timeout_s")
+SHARED = ("log_level", "log_format")
 # The services of one machine meet on loopback addresses, where nobody else listens: no certificates.
 ON_LOOPBACK = {"insecure": True, "tls_cert": None, "tls_key": None, "tls_ca": None}
 SHARED_WITH_VERIFIER = ("threads", "tensor_parallel", "pipeline_parallel")
@@ -49,6 +49,8 @@ class Planner:
         self._config = config
         self._folder = folder
         self._environ = environ
+        # Of every service; what has not ended by the drain timeout of `up` is killed.
+        self._common = {**ON_LOOPBACK, "drain_timeout_s": settings.drain_timeout_s}
 
     def plan(self) -> Plan:
         """
@@ -77,7 +79,7 @@ class Planner:
         return Service("redis", command, redis_probe(url), redis_probe(url), silent=True)
 
     def _speculator(self, index: int, address: str) -> Service:
-        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]} | ON_LOOPBACK
+        decided = {"host": LOOPBACK, "port": _port_of(address), "ssm": self._settings.speculators[index]} | self._common
         command = self._module("speculator") + self._flags("speculator", decided, SHARED)
         if index:
             command += tuple(to_flags(FIRST_SPECULATOR_ONLY))
@@ -90,7 +92,7 @@ class Planner:
             "port": _port_of(address),
             "llm": self._settings.llm,
             "speculator": speculators,
-        } | ON_LOOPBACK
+        } | self._common
         flags = self._flags("verifier", decided, (*SHARED, *SHARED_WITH_VERIFIER))
         command = self._module("verifier") + flags
         if self._settings.one_process:
@@ -109,7 +111,7 @@ class Planner:
             "redis_url": redis,
             "https_cert": None,
             "https_key": None,
-        } | ON_LOOPBACK
+        } | self._common
         url = f"http://{_reachable(settings.host)}:{port}"
         command = self._module("gateway") + self._flags("gateway", decided, SHARED)
         return Service("gateway", command, http_probe(f"{url}/ready"), http_probe(f"{url}/health"))

@@ -168,6 +168,14 @@ def test_a_service_setting_that_up_decides_is_refused(settings: UpSettings) -> N
         make(settings, environ={"SPECSERVE_VERIFIER_TLS_CERT": "/cert.pem"})
 
 
+@pytest.mark.parametrize("service", ["speculator", "verifier", "gateway"])
+def test_all_services_drain_as_long_as_up_waits_for_them(service: str, settings: UpSettings) -> None:
+    settings = replace(settings, drain_timeout_s=7.0)
+    assert flags(make(settings), service)["--drain-timeout-s"] == ["7.0"]
+    with pytest.raises(SettingsError, match=rf"drain_timeout_s of \[{service}\] is decided by `specserve up`"):
+        make(settings, environ={f"SPECSERVE_{service.upper()}_DRAIN_TIMEOUT_S": "60"})
+
+
 def test_a_taken_port_is_named_before_anything_starts(settings: UpSettings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
