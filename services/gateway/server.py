@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 # After the drain's time, for the errors of the last requests to reach their clients.
 STOP_GRACE_S = 2
+# Longer than clients (5 s in OpenAI's Python SDK) and load balancers (60 s by common defaults) keep idle connections:
+# were it the server that closes one, a request could be on its way there.
+KEEP_ALIVE_S = 75
 BACKLOG = 2048
 
 
@@ -106,6 +109,7 @@ async def _http(
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=STOP_GRACE_S,
         ssl_certfile=None if https is None else https.cert,
         ssl_keyfile=None if https is None else https.key,

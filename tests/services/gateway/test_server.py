@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from services.gateway import server
 from tests.services.gateway.conftest import RunningGateway, wait_until
 
 
@@ -89,6 +91,19 @@ def test_a_draining_gateway_takes_no_new_request(gateway: RunningGateway) -> Non
         assert "retry-after" in refused.headers
         first.join(10)
     assert results[0].status_code == 200
+
+
+def test_idle_connections_last_longer_than_a_balancer_keeps_them(
+    start_gateway: Callable[..., RunningGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.KEEP_ALIVE_S > 60
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 1)
+    host, port = start_gateway().url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=3) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: example\r\n\r\n")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200")
+        while connection.recv(2**16):
+            pass  # up to the server's end, which comes by its own setting and not by uvicorn's of 5 s
 
 
 @pytest.mark.parametrize(
