@@ -55,7 +55,7 @@ class GrowthGraphs:
         """Whether such a tree can be grown here: no static shape, no filter of the distribution, and masks that fit."""
         filtered = rule.top_k > 0 or rule.top_p < 1 or rule.min_p > 0
         grows = order.nodes > 0 and order.depth > 0
-        return grows and not order.widths and not filtered and _words(self._beam, _levels(order.depth)) is not None
+        return grows and not order.widths and not filtered and self._masks_fit(_levels(order.depth))
 
     def parts(self, growing: Sequence[Growing]) -> list[Sequence[Growing]]:
         """As many at a time as a step has rows for."""
@@ -67,7 +67,8 @@ class GrowthGraphs:
         """Capture the usual growths of up to `sequences` sequences behind short contexts; how many shapes that are."""
         blocks = min(MIN_BLOCKS, self._most_blocks)
         counts = {power_of_four(count, 1) for count in range(1, min(sequences, MAX_ROWS // self._beam) + 1)}
-        for count, nodes, levels, noisy in product(counts, PREPARED_NODES, PREPARED_LEVELS, (False, True)):
+        depths = [levels for levels in PREPARED_LEVELS if self._masks_fit(levels)]
+        for count, nodes, levels, noisy in product(counts, PREPARED_NODES, depths, (False, True)):
             self._growth_of(GrowthShape(count, blocks, nodes, levels, noisy))
         return len(self._growths)
 
@@ -82,6 +83,9 @@ class GrowthGraphs:
         static.fill(growing, self._floor, root_logits)
         compute()
         return static.trees(name, growing)
+
+    def _masks_fit(self, levels: int) -> bool:
+        return _words(self._beam, levels) is not None
 
     def _shape_of(self, growing: Sequence[Growing]) -> GrowthShape:
         blocks = max(len(session.cache.blocks) for session, _, _ in growing)

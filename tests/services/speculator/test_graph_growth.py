@@ -151,6 +151,15 @@ def test_no_usual_draft_captures_once_all_are_prepared(model: Transformer) -> No
     assert capture.captures == before
 
 
+@pytest.mark.parametrize(("beam", "depths"), [(31, 4), (32, 3), (64, 2)])
+def test_what_no_mask_is_long_enough_for_is_not_prepared(beam: int, depths: int, model: Transformer) -> None:
+    drafting = drafter(model, capture := Recorded(), beam=beam)
+    assert drafting.capture_drafts(1) == capture.captures == 3 * depths * 2, "nodes, levels, noise"
+    drafting.open((1, 1), [7, 30, 5], 3, GREEDY)
+    assert len(drafting.draft([order(1, nodes=63, depth=8)])[1, 1]) > 1, "level by level, where it must"
+    assert capture.captures == 3 * depths * 2
+
+
 class Recorded:
     """A capture that counts, and calls."""
 
