@@ -8,25 +8,30 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorServicer, add_SpeculatorServicer_to_server
 from services.common.draft_wire import request_from_wire, response_to_wire
-from services.common.grpc_setup import Endpoint, StatusError, aio_server, serving_grpc
+from services.common.drafting import DraftRequest
+from services.common.grpc_setup import MAX_MESSAGE_BYTES, Endpoint, StatusError, aio_server, serving_grpc
 from services.common.lifecycle import Lifecycle
 from services.common.loaded_model import use_threads
 from services.common.model_facts import TOKENIZER_METADATA
 from services.common.tls import security_of
 from services.speculator.loading import LoadedSpeculator
 from services.speculator.settings import SpeculatorSettings
+from speculation.children import ChildSelection
 
 log = logging.getLogger(__name__)
 
 SERVICE = "specserve.v1.Speculator"
+# Of an answer; the rest of it has room for tokens and confidences of a hundred thousand nodes.
+DISTRIBUTION_BYTES = MAX_MESSAGE_BYTES - 2 * 2**20
 
 Context = grpc.aio.ServicerContext[speculator_pb2.SpeculateRequest, speculator_pb2.SpeculateResponse]
 
@@ -40,6 +45,9 @@ class Servicer(SpeculatorServicer):
         self._metrics = loaded.metrics
         self._lifecycle = lifecycle
         self._streams = itertools.count(1)
+        self._shortened: set[int] = set()  # streams with an order that did not fit
+        row_bytes = sum(4 * facts.vocab_size for facts in self._facts)
+        self._rows = DISTRIBUTION_BYTES // max(1, row_bytes)
         self._tokenizer = self._facts[0].tokenizer_identity if self._facts else None
 
     async def ListModels(
@@ -68,12 +76,21 @@ class Servicer(SpeculatorServicer):
         finally:
             ending.cancel()
             self._metrics.streams.dec()
+            self._shortened.discard(stream)
             self._service.end(stream)
 
     def _answer(self, stream: int, message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
         """What it takes to read the message and to write the answer is work, too."""
         started = time.perf_counter()
-        answer = response_to_wire(self._service.answer(stream, request_from_wire(message)))
+        request = request_from_wire(message)
+        fitting = _fitting(request.draft, self._rows)
+        if fitting != request.draft and stream not in self._shortened:
+            self._shortened.add(stream)
+            log.warning(
+                "sampled trees made smaller or left out; their distributions exceed a message",
+                extra={"distributions": self._rows, "ordered": sum(wish.max_nodes for wish in request.draft)},
+            )
+        answer = response_to_wire(self._service.answer(stream, replace(request, draft=fitting)))
         answer.work_seconds = time.perf_counter() - started
         return answer
 
@@ -88,6 +105,22 @@ class Servicer(SpeculatorServicer):
                 f"this speculator drafts for tokenizer {self._tokenizer}, the verifier has {theirs!s}; start a "
                 "speculator for each tokenizer, and again when the verifier's changes",
             )
+
+
+def _fitting(wishes: Sequence[DraftRequest], rows: int) -> list[DraftRequest]:
+    """The wishes, in their order, until each model has given `rows` distributions; behind them look-up alone.
+
+    A sampled tree counts with all the distributions that it may have, one for each node: what fits may not depend on
+    what is drawn.
+    """
+    fitting: list[DraftRequest] = []
+    for wish in wishes:
+        if wish.selection is ChildSelection.SAMPLED and not wish.lookup_only:
+            nodes = min(wish.max_nodes, rows)
+            rows -= nodes
+            wish = replace(wish, max_nodes=nodes) if nodes else replace(wish, lookup_only=True)
+        fitting.append(wish)
+    return fitting
 
 
 @asynccontextmanager

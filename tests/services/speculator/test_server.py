@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from services.common.tree_wire import sampling_to_wire
 from speculation.calibration import CALIBRATION_FILE, Calibration
 from speculation.sampling import SamplingParams
 from tests.services.harness import Services, services
-from tests.tiny_models import write_model
+from tests.tiny_models import VOCAB, write_model
 
 PROMPT = [7, 30, 22, 9, 151]
+GREEDY = SamplingParams(temperature=0)
 TIMEOUT_S = 30
 
 
@@ -31,8 +33,7 @@ def running() -> Iterator[Services]:
 def draft(address: str, nodes: int) -> list[tree_pb2.TokenTree]:
     """The greedy trees of one node's children behind PROMPT, one of each model."""
     message = speculator_pb2.SpeculateRequest(step=1)
-    greedy = sampling_to_wire(SamplingParams(temperature=0))
-    message.open.add(sequence_id=1, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=greedy)
+    message.open.add(sequence_id=1, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=sampling_to_wire(GREEDY))
     message.draft.add(
         sequence_id=1, max_nodes=nodes, max_depth=1, widths=[nodes], selection=speculator_pb2.CHILD_SELECTION_TOP
     )
@@ -55,6 +56,30 @@ def test_every_model_has_the_calibration_of_its_folder(tmp_path: Path, running: 
         differences = [(c - tree.confidences[1]) * temperatures[tree.source] for c in tree.confidences[2:]]
         assert differences == pytest.approx([c - plain[1] for c in plain[2:]], abs=1e-4)
     assert trees[1].confidences[1] > plain[1] > trees[2].confidences[1]
+
+
+def test_sampled_trees_leave_out_what_would_not_fit_a_message(
+    tmp_path: Path, running: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("services.speculator.server.DISTRIBUTION_BYTES", 2 * 5 * 4 * VOCAB)  # 5 nodes of each model
+    address = running.speculator(write_model(tmp_path / "one"), write_model(tmp_path / "other"))
+    sampled, top = speculator_pb2.CHILD_SELECTION_SAMPLED, speculator_pb2.CHILD_SELECTION_TOP
+    selections = {1: sampled, 2: top, 3: sampled, 4: sampled, 5: top}
+    message = speculator_pb2.SpeculateRequest(step=1)
+    for sequence_id, selection in selections.items():
+        params = sampling_to_wire(SamplingParams(seed=sequence_id) if selection is sampled else GREEDY)
+        message.open.add(sequence_id=sequence_id, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=params)
+        message.draft.add(sequence_id=sequence_id, max_nodes=3, max_depth=3, widths=[1, 1, 1], selection=selection)
+    with caplog.at_level(logging.WARNING), channel(address, INSECURE) as connection:
+        responses = list(SpeculatorStub(connection).Speculate(iter([message] * 2), timeout=TIMEOUT_S))
+    for response in responses:
+        sizes = {draft.sequence_id: [len(tree.token_ids) - 1 for tree in draft.trees] for draft in response.drafts}
+        assert sizes == {1: [3, 3], 2: [3, 3], 3: [2, 2], 4: [], 5: [3, 3]}
+        carried = sum(len(tree.distributions) for draft in response.drafts for tree in draft.trees)
+        assert carried == 2 * 5 * 4 * VOCAB
+    assert [record.message for record in caplog.records if "left out" in record.message] == [
+        "sampled trees made smaller or left out; their distributions exceed a message"
+    ], "once for the stream"
 
 
 def test_a_broken_calibration_stops_the_start(tmp_path: Path, running: Services) -> None:
