@@ -48,7 +48,7 @@ class KnownTexts(Runner):
                 named.extend(left[depth] if depth < len(left) else 0 for depth in drafts[sequence.id].tree.depths())
         scores = torch.zeros(len(named), self.model.config.vocab_size)
         scores[torch.arange(len(named)), torch.tensor(named)] = CERTAIN
-        return StepLogits(len(named), scores, starts, {})
+        return StepLogits(len(named), 0, scores, starts, {})
 
 
 class VisitedNodes(Runner):
@@ -99,7 +99,7 @@ class VisitedNodes(Runner):
         for visit in visits:
             for node, row in visit.rows.items():
                 trees[starts[visit.sequence.id] + node] = row
-        return StepLogits(nodes, trees, starts, {})
+        return StepLogits(nodes, 0, trees, starts, {})
 
 
 class _RowWanted(Exception):

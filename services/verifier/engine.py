@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -78,7 +78,7 @@ class Engine:
         # After abort() the step under way may never end.
         self._thread.join(0 if self._aborted.locked() else timeout_s)
 
-    def abort(self, reason: Exception) -> None:
+    def abort(self, reason: BaseException) -> None:
         """End all requests at once so that another verifier can go on with them; no step follows.
 
         From any thread: the engine's own may be in a step that waits for a lost rank for ever.
@@ -113,9 +113,13 @@ class Engine:
         try:
             while self._exchange():
                 self._step_or_fail()
-            self._fail_all(EngineStopped("the verifier is stopping"))
+            self._settle()
+            stopped = EngineStopped("the verifier is stopping")
+            for arrival in self._inbox.take().arrivals:
+                arrival.sink(stopped)
+            self._fail(self._sequences.values(), stopped)
         except BaseException as error:  # outside of a step nothing may fail: the process must not go on
-            self._on_fatal(error)
+            self.abort(error)
             raise
 
     def _step_or_fail(self) -> None:
@@ -125,7 +129,11 @@ class Engine:
             self.abort(error)
         except Exception as error:  # whatever a step meets, its sequences get an error and the engine lives
             log.exception("engine step failed")
-            self._fail_all(StepFailed(f"engine step failed: {error!r}"))
+            if self.runner.device_works():
+                self._settle()
+                self._fail(self.scheduler.running, StepFailed(f"engine step failed: {error!r}"))
+            else:  # whoever fails all that it is given at once looks the least loaded to every gateway
+                self.abort(error)
 
     def step(self) -> None:
         """One step for every planned sequence."""
@@ -146,7 +154,9 @@ class Engine:
         outputs = self._commit(plans, drafts, logits, accepted)
         finished = time.perf_counter()
         self._step_seconds = finished - started
-        report = StepReport(logits.rows, drafts, accepted, drafted - started, finished - drafted, outputs)
+        report = StepReport(
+            logits.rows, logits.chunk_rows, drafts, accepted, drafted - started, finished - drafted, outputs
+        )
         self._unsettled.append((asked.ask, report))
 
     def _exchange(self) -> bool:
@@ -195,6 +205,9 @@ class Engine:
         for sequence in decoding:
             start = logits.tree_starts[sequence.id]
             outputs.append((sequence.sink, self._advance(sequence, accepted[sequence.id], logits.trees[start:])))
+        for sequence in decoding:  # once all outputs are made: what fails before fails every sequence of the step
+            if sequence.finish_reason is not None:
+                self._end(sequence, sequence.finish_reason.value)
         return outputs
 
     def _advance(self, sequence: RunningSequence, step: Accepted, rows: torch.Tensor) -> StepOutput:
@@ -206,8 +219,6 @@ class Engine:
             logprobs = gather_logprobs(visited, kept, sequence.request.top_logprobs)
         prompt_logprobs = () if sequence.prompt_logprobs_sent else tuple(sequence.prompt_logprobs)
         sequence.prompt_logprobs_sent = True
-        if sequence.finish_reason is not None:
-            self._end(sequence, sequence.finish_reason.value)
         return StepOutput(kept, sequence.llm_steps, logprobs, prompt_logprobs, sequence.finish_reason)
 
     def _settle(self) -> None:
@@ -234,11 +245,8 @@ class Engine:
         self.drafts.forget(sequence)
         self.metrics.requests.labels(outcome).inc()
 
-    def _fail_all(self, error: StepFailed | EngineStopped) -> None:
-        self._settle()
-        for arrival in self._inbox.take().arrivals:
-            arrival.sink(error)
-        for sequence in list(self._sequences.values()):
+    def _fail(self, sequences: Iterable[RunningSequence], error: StepFailed | EngineStopped) -> None:
+        for sequence in list(sequences):
             sequence.sink(error)
             self._end(sequence, "failed")
 

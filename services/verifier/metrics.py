@@ -21,9 +21,13 @@ _NODES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What came of a step. drafts, accepted: by id of the sequences that decoded. outputs: what goes out to whom."""
+    """What came of a step. drafts, accepted: by id of the sequences that decoded. outputs: what goes out to whom.
+
+    rows: of all; chunk_rows: those of prompts.
+    """
 
     rows: int
+    chunk_rows: int
     drafts: Mapping[int, MergedDraft]
     accepted: Mapping[int, Accepted]
     draft_seconds: float
@@ -107,6 +111,7 @@ class VerifierMetrics:
         bucket = next((str(limit) for limit in _NODES if report.rows <= limit), f"over {_NODES[-1]}")
         self._step_of_rows(bucket).observe(report.step_seconds)
         self.draft_seconds.observe(report.draft_seconds)
+        self.prompt_tokens.inc(report.chunk_rows)
         self.sequence_steps.inc(len(report.accepted))
         self.output_tokens.inc(sum(len(step.token_ids) for step in report.accepted.values()))
         drafted = [

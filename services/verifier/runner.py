@@ -19,12 +19,13 @@ from speculation.merge import MergedDraft
 class StepLogits:
     """Logits of one step.
 
-    rows: rows of the forward pass.
+    rows: rows of the forward pass; chunk_rows: those of prompt chunks.
     trees: float32 [nodes of all trees, vocab]; the nodes of sequence i start at tree_starts[i].
     chunks: float32 [chunk rows, vocab] by sequence id, only where prompt log-probabilities are wanted.
     """
 
     rows: int
+    chunk_rows: int
     trees: torch.Tensor
     tree_starts: Mapping[int, int]
     chunks: Mapping[int, torch.Tensor]
@@ -41,6 +42,13 @@ class Runner:
     def asynchronous(self) -> bool:
         """Whether a device goes on computing when `forward` has returned."""
         return self.model.device.type != "cpu"
+
+    def device_works(self) -> bool:
+        """Whether the device still computes: an error of some kinds fails every later call."""
+        try:
+            return torch.ones(1, device=self.model.device).item() == 1
+        except RuntimeError:
+            return False
 
     def forward(self, plans: Sequence[SequencePlan], drafts: Mapping[int, MergedDraft]) -> StepLogits:
         """Compute the planned chunks and trees; afterwards the KV of the chunks is committed.
@@ -71,7 +79,7 @@ class Runner:
         for plan in plans:
             plan.sequence.cache.length = plan.chunk_end
         trees, *chunks = logits.split([in_trees, *map(len, spans.values())])
-        return StepLogits(rows, trees, tree_starts, dict(zip(spans, chunks, strict=True)))
+        return StepLogits(rows, rows - in_trees, trees, tree_starts, dict(zip(spans, chunks, strict=True)))
 
     def keep(self, accepted: Sequence[tuple[RunningSequence, tuple[int, ...]]]) -> None:
         """Commit the KV of roots and accepted nodes; free what else the trees wrote.

@@ -22,7 +22,6 @@ class Sequence:
         pipeline.advance(request.generated)
         self.tokens: list[int] = [*request.prompt, *request.generated]
         self.cache = CachedSequence()
-        self.cancelled = False
         self.finish_reason: FinishReason | None = None
         self.llm_steps = 0
         self.prompt_logprobs: list[TokenLogprob] = []

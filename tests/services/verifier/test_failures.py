@@ -25,8 +25,10 @@ from services.common.model_files import tokenizer_hash
 from services.common.tls import INSECURE
 from services.verifier import speculator_link
 from services.verifier.budget import WholeDrafts
+from services.verifier.engine import Engine
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
+from services.verifier.runner import Runner
 from tests.ports import free_port
 from tests.services.harness import Begun, SequenceFailed, Services, Verifier, request, services
 from tests.tiny_models import CONTEXT, VOCAB, hugging_face_greedy, write_model
@@ -148,14 +150,74 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     assert verifier.generate(PROMPT, 8).token_ids == hugging_face_greedy(llm, PROMPT, 8)
 
 
-def test_a_stopping_verifier_lets_another_go_on(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_is_not_failed_by_a_step_of_others(
+    llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verifier = running.verifier(llm, max_sequences=1)
+    whole, failed = Transformer.forward, list[bool]()
+
+    def fails_once(*args: Any) -> torch.Tensor:
+        if not failed and verifier.metric("waiting_sequences") == 1:
+            failed.append(True)
+            raise MemoryError("out of memory")
+        return whole(*args)
+
+    monkeypatch.setattr(Transformer, "forward", fails_once)
+    with channel(verifier.address, INSECURE) as connection:
+        first = Begun(connection, request(PROMPT, 250))
+        first.admitted()
+        second = Begun(connection, request(PROMPT, 8))
+        with pytest.raises(SequenceFailed, match="out of memory"):
+            list(first.outputs())
+        tokens = [token for output in second.outputs() for token in output.token_ids]
+    assert tokens == hugging_face_greedy(llm, PROMPT, 8)
+    prompts = 2 * (len(PROMPT) - 1)  # the last token of each is the root of the first tree
+    assert verifier.metric("prompt_tokens_total") == prompts
+
+
+def test_behind_an_error_of_the_device_another_verifier_can_go_on(
+    llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that failed whatever it is given would be the least loaded of all."""
+    verifier = running.verifier(llm)
+    monkeypatch.setattr(Transformer, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("illegal access")))
+    monkeypatch.setattr(Runner, "device_works", lambda _: False)
+    for _ in range(2):
+        with pytest.raises(SequenceFailed) as caught:
+            verifier.generate(PROMPT, 8)
+        assert caught.value.reason == verifier_pb2.FAILURE_REASON_STOPPING
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the engine's thread ends with it
+def test_an_error_between_steps_leaves_nobody_waiting(
+    llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _slow_down(monkeypatch)
+    verifier = running.verifier(llm)
+    with channel(verifier.address, INSECURE) as connection:
+        outputs = Begun(connection, request(PROMPT, 200)).outputs()
+        next(outputs)
+        monkeypatch.setattr(Engine, "_admit", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory left")))
+        second = Begun(connection, request(PROMPT, 8))
+        with pytest.raises(SequenceFailed) as caught:
+            list(outputs)
+        second.cancel()
+    assert caught.value.reason == verifier_pb2.FAILURE_REASON_STOPPING
+
+
+def _slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a request does not end before something else does."""
     whole = Transformer.forward
 
     def slow(*args: Any) -> torch.Tensor:
-        time.sleep(0.02)  # the request must not end before the verifier does
+        time.sleep(0.02)
         return whole(*args)
 
     monkeypatch.setattr(Transformer, "forward", slow)
+
+
+def test_a_stopping_verifier_lets_another_go_on(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _slow_down(monkeypatch)
     with services() as started:
         verifier = started.verifier(llm, drain_timeout_s=0.0)
         with channel(verifier.address, INSECURE) as connection:

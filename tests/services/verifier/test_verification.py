@@ -50,7 +50,7 @@ def make_step(sequences: Items[Sequence], seed: int) -> tuple[dict[int, MergedDr
         drafts[sequence.id] = MergedDraft.single(TokenTree(tuple(tokens), tuple(parents)))
         starts[sequence.id] = rows
         rows += len(tokens)
-    return drafts, StepLogits(rows, 2 * torch.randn(rows, VOCAB, generator=generator), starts, {})
+    return drafts, StepLogits(rows, 0, 2 * torch.randn(rows, VOCAB, generator=generator), starts, {})
 
 
 @pytest.mark.parametrize("choosing", [Choosing.AT_ONCE, Choosing.NATIVE])
@@ -81,5 +81,5 @@ def test_the_gpu_chooses_what_the_cpu_chooses() -> None:
     drafts, logits = make_step([sequence], 3)
     expected = verify([sequence], drafts, logits, AcceptanceRule.SHARED_NOISE, Choosing.VISITED)
     own = Sequence(1, sequence.request, lambda output: None, LogitsPipeline(params, (1, 2, 3, 1), VOCAB, "cuda"))
-    moved = StepLogits(logits.rows, logits.trees.cuda(), logits.tree_starts, {})
+    moved = StepLogits(logits.rows, 0, logits.trees.cuda(), logits.tree_starts, {})
     assert verify([own], drafts, moved, AcceptanceRule.SHARED_NOISE, Choosing.AT_ONCE) == expected
