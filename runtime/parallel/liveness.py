@@ -76,12 +76,8 @@ class Link:
         self._writing = threading.Lock()
         # A peer that reads nothing must not block the threads that tell it something.
         connection.settimeout(timeout_s)
-        self._threads = [
-            threading.Thread(target=target, name=f"rank {peer} {name}", daemon=True)
-            for target, name in ((self._read, "reader"), (self._beat, "beat"))
-        ]
-        for thread in self._threads:
-            thread.start()
+        for target, name in ((self._read, "reader"), (self._beat, "beat")):
+            threading.Thread(target=target, name=f"rank {peer} {name}", daemon=True).start()
 
     def tell_failure(self, rank: int, reason: str) -> None:
         """Tell the peer whose fault the end of the group is; nothing happens when it is gone."""
@@ -93,12 +89,6 @@ class Link:
         self._closing.set()
         with suppress(OSError):  # the peer may have closed it already
             self._connection.shutdown(socket.SHUT_WR)
-
-    def join(self) -> None:
-        """Wait until the peer has closed its end too, or is silent."""
-        for thread in self._threads:
-            thread.join(self._timeout_s)
-        self._connection.close()
 
     def _beat(self) -> None:
         while not self._closing.wait(min(BEAT_S, self._timeout_s / 4)):
