@@ -183,20 +183,30 @@ inline void store_first(Vec value, float* target, int count) {
   std::memcpy(target, &value, static_cast<std::size_t>(count) * sizeof(float));
 }
 
+// The lanes with these numbers, of which those of b follow those of a. GCC has clang's name for it from version 12 on.
+template <int... kNumbers>
+inline Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kNumbers...);
+#else
+  return __builtin_shuffle(a, b, IntVec{kNumbers...});
+#endif
+}
+
 // Pairs up the lower, or the upper, halves of two vectors: a0 b0 a1 b1 ...
 #if defined(__AVX512F__)
 inline Vec interleave_low(Vec a, Vec b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return shuffle<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(a, b);
 }
 inline Vec interleave_high(Vec a, Vec b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return shuffle<8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(a, b);
 }
 #elif defined(__AVX__)
-inline Vec interleave_low(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline Vec interleave_high(Vec a, Vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline Vec interleave_low(Vec a, Vec b) { return shuffle<0, 8, 1, 9, 2, 10, 3, 11>(a, b); }
+inline Vec interleave_high(Vec a, Vec b) { return shuffle<4, 12, 5, 13, 6, 14, 7, 15>(a, b); }
 #else
-inline Vec interleave_low(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline Vec interleave_high(Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline Vec interleave_low(Vec a, Vec b) { return shuffle<0, 4, 1, 5>(a, b); }
+inline Vec interleave_high(Vec a, Vec b) { return shuffle<2, 6, 3, 7>(a, b); }
 #endif
 
 // tile[i][j] <- tile[j][i]. The index of an element has the bits (row, column); each round rotates them by one.
