@@ -65,6 +65,9 @@ void best_of(const float* values, std::int64_t size, std::int64_t width, std::ve
   best.erase(kept, best.end());
 }
 
+// The score of the last of some best tokens; of none, as where every score is NaN, one that leaves nothing out.
+float last_score(const std::vector<Candidate>& best) { return best.empty() ? -kInfinity : best.back().confidence; }
+
 void leave_out_below(float least, float* scores, std::int64_t size) {
   for (std::int64_t i = 0; i < size; ++i) scores[i] = scores[i] < least ? -kInfinity : scores[i];
 }
@@ -78,7 +81,7 @@ float nucleus_threshold(const float* scores, std::int64_t size, double top_p) {
     double collected = 0;
     for (const Candidate& candidate : likely)
       if ((collected += std::exp(candidate.confidence - log_total)) >= top_p) return candidate.confidence;
-    if (guess == size) return likely.back().confidence;
+    if (guess == size) return last_score(likely);
   }
 }
 
@@ -92,7 +95,7 @@ const float* scores_of(const ChildRule& rule, const float* logits, const float* 
   for (std::int64_t i = 0; i < vocab; ++i) scores[i] = (logits[i] - top) / temperature;
   if (rule.top_k > 0 && rule.top_k < vocab) {
     best_of(scores, vocab, rule.top_k, scratch().likely);
-    leave_out_below(scratch().likely.back().confidence, scores, vocab);
+    leave_out_below(last_score(scratch().likely), scores, vocab);
   }
   if (rule.top_p < 1) leave_out_below(nucleus_threshold(scores, vocab, rule.top_p), scores, vocab);
   if (rule.min_p > 0) leave_out_below(std::log(rule.min_p), scores, vocab);

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kernels.draft_loop.native import ChildRule, DraftSequence, GrownTree, TreeBounds
 from kernels.native import set_num_threads
@@ -34,6 +38,21 @@ BOUNDS = [
     TreeBounds(nodes=40, depth=7, beam=12, floor=-6.0),
     TreeBounds(nodes=12, depth=3, beam=1, widths=(3, 2, 2)),
 ]
+
+DRAFT_WITHOUT_NUMBERS = """
+import sys
+from pathlib import Path
+from kernels.draft_loop.native import ChildRule, DraftSequence, TreeBounds
+from runtime.kv_cache import KVCache
+from runtime.transformer import LoadOptions, Transformer
+
+model = Transformer.load(Path(sys.argv[1]), LoadOptions(device="cpu"))
+cache = KVCache(model.config, 12, model.device, model.activation_dtype)
+bounds = TreeBounds(nodes=5, depth=5, beam=2)
+for rule in (ChildRule(), ChildRule(top_p=0.8), ChildRule(top_k=7), ChildRule(temperature=0.5, noise_seed=3)):
+    (tree,) = model.grow_trees(cache, [DraftSequence(range(12), 0, [5, 6], bounds, rule)])
+    print(list(tree.token_ids))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +166,17 @@ def test_children_are_those_of_the_pipeline_and_the_ranking(
         assert list(tree.token_ids[1:]) == [token for token, _ in expected]
         # a confidence far below e^-87 is as good as none
         assert list(tree.confidences[1:]) == pytest.approx([value for _, value in expected], rel=1e-4, abs=2e-5)
+
+
+def test_logits_that_are_no_numbers_have_no_children(tmp_path: Path) -> None:
+    """In a process of its own, where no earlier call has left candidates in the memory that is read."""
+    weights = load_file((folder := write_model(tmp_path / "ssm")) / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, folder / "model.safetensors")
+    command = [sys.executable, "-c", DRAFT_WITHOUT_NUMBERS, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["[6]"] * 4 + [""]
 
 
 def last_logits(model: Transformer, cache: KVCache, sequence: DraftSequence) -> torch.Tensor:
