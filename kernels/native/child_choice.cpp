@@ -33,12 +33,12 @@ Scratch& scratch() {
 // log(sum(exp(factor * values))), for a factor above 0.
 float log_sum_exp(const float* values, std::int64_t size, float factor) {
   const float top = highest(values, size);
-  Vec total = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) total += exp((load(values + i) - top) * factor);
-  float rest = sum(total);
-  for (; i < size; ++i) rest += std::exp((values[i] - top) * factor);
-  return top * factor + std::log(rest);
+  const std::int64_t whole = size - size % kSums;
+  float powers = total(whole, [&](std::int64_t first, int, Vec sums) {
+    return sums + exp((load(values + first) - top) * factor);
+  });
+  for (std::int64_t i = whole; i < size; ++i) powers += std::exp((values[i] - top) * factor);
+  return top * factor + std::log(powers);
 }
 
 // The `width` largest values above minus infinity, best first; of equal ones the lower index.

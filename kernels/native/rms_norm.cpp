@@ -14,12 +14,11 @@ constexpr std::int64_t kItemElements = 8192;
 }  // namespace
 
 void norm_row(const float* x, const float* weight, float eps, std::int64_t size, float* out) {
-  Vec squares = {};
-  for (std::int64_t i = 0; i < size; i += kLanes) {
-    const Vec value = load_first(x + i, static_cast<int>(std::min<std::int64_t>(kLanes, size - i)));
-    squares = fma(value, value, squares);
-  }
-  const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+  const float squares = total(size, [x](std::int64_t first, int count, Vec sums) {
+    const Vec value = load_first(x + first, count);
+    return fma(value, value, sums);
+  });
+  const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
   for (std::int64_t i = 0; i < size; i += kLanes) {
     const int count = static_cast<int>(std::min<std::int64_t>(kLanes, size - i));
     store_first(load_first(weight + i, count) * (load_first(x + i, count) * inverse), out + i, count);

@@ -3,6 +3,7 @@
 // without contraction, so that a product and a sum are rounded once exactly where fma() says so.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -238,6 +239,26 @@ inline float sum(const Vec2& value) { return value[0] + value[1]; }
 inline float sum(const Vec4& value) { return sum(fold<Vec2>(value)); }
 inline float sum(const Vec8& value) { return sum(fold<Vec4>(value)); }
 inline float sum(const Vec16& value) { return sum(fold<Vec8>(value)); }
+
+// Sums that are kept side by side, on every machine: a total's bits do not depend on the width of the vectors.
+constexpr int kSums = 16;
+
+// The total over `size` elements, number i of which belongs to sum i % kSums. add(first, count, sums) returns the sums of
+// kLanes neighbours with elements first..first+count added.
+template <class Add>
+inline float total(std::int64_t size, const Add& add) {
+  constexpr int kVecs = kSums / kLanes;
+  Vec sums[kVecs] = {};
+  for (std::int64_t i = 0; i < size; i += kSums)
+    for (int v = 0; v < kVecs; ++v) {
+      const std::int64_t first = i + v * kLanes;
+      if (first < size) sums[v] = add(first, static_cast<int>(std::min<std::int64_t>(kLanes, size - first)), sums[v]);
+    }
+  Vec16 all;
+  static_assert(sizeof all == sizeof sums);
+  std::memcpy(&all, sums, sizeof all);
+  return sum(all);
+}
 
 inline float max_lane(Vec value) {
   float highest = value[0];

@@ -164,13 +164,10 @@ float exponentials(float* weights, std::int64_t size) {
     highest = value > highest ? value : highest;
   }
   const float max = max_lane(highest);
-  Vec total = {};
-  for (std::int64_t i = 0; i < size; i += kLanes) {
-    const Vec value = exp(load(weights + i) - max);
-    store(value, weights + i);
-    total += load_first(weights + i, static_cast<int>(std::min<std::int64_t>(kLanes, size - i)));
-  }
-  return sum(total);
+  return total(size, [weights, max](std::int64_t first, int count, Vec sums) {
+    store(exp(load(weights + first) - max), weights + first);
+    return sums + load_first(weights + first, count);
+  });
 }
 
 // sums[d] += Σ weights[first + i] values[offsets[i]][d], over i in order, for `Vecs` vectors of d or `left` elements.
