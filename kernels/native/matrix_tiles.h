@@ -36,6 +36,8 @@ inline void shape_matrix_tiles() {
     std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } shape;
+  // GCC's instruction declares that it reads 8 bytes of them: all are in memory before it.
+  asm volatile("" : : "r"(&shape) : "memory");
   _tile_loadconfig(&shape);
 }
 
@@ -55,6 +57,8 @@ inline void multiply_matrix_tiles(const std::uint32_t* x, std::int64_t row_words
     _tile_zero(2);
     _tile_zero(3);
   }
+  // GCC's loads of tiles declare that they read nothing: what was written to x and packed is in memory before them.
+  asm volatile("" : : : "memory");
   for (std::int64_t word = 0; word < row_words; word += kTileSide, packed += kTileSide * kRow) {
     for (std::int64_t line = 0; ahead && line < 2 * kTileSide; ++line)
       __builtin_prefetch(packed + ahead + line * kTileSide, 0, 2);
