@@ -200,3 +200,14 @@ def test_threads_follow_the_limit(name: str, tmp_path: Path) -> None:
     (container,) = pod.spec["containers"]
     settings = checks.load_container_settings(pod, container, resources, tmp_path)
     assert vars(settings)["threads"] == int(container["resources"]["limits"]["cpu"])
+
+
+def test_the_ranks_of_a_node_share_its_limit(tmp_path: Path) -> None:
+    resources = overlay("gpu-multi-node")
+    group = [pod for pod in pods(resources) if pod.kind == "LeaderWorkerSet"]
+    assert len(group) == 2, "a leader and a worker"
+    for pod in group:
+        (container,) = pod.spec["containers"]
+        (ranks,) = re.findall(r"--nproc-per-node=(\d+)", " ".join(container["command"]))
+        settings = checks.load_container_settings(pod, container, resources, tmp_path)
+        assert vars(settings)["threads"] * int(ranks) == int(container["resources"]["limits"]["cpu"])
