@@ -13,6 +13,7 @@ import torch
 from runtime.config import ModelConfig
 
 BLOCK_SIZE = 16
+CGROUP = Path("/sys/fs/cgroup")
 SCRATCH_ENTRIES = 256  # behind the committed entries of one sequence, for the nodes of its tree
 
 
@@ -129,13 +130,23 @@ def longest_sequence_blocks(config: ModelConfig) -> int:
     return -(-(config.context_length + SCRATCH_ENTRIES) // BLOCK_SIZE)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: the device's free memory, or the host's, within a container's limit."""
+def free_memory(device: torch.device, cgroup: Path = CGROUP) -> int:
+    """Bytes that can still be allocated: the device's free memory, or the host's, within a container's limit.
+
+    cgroup: the folder of the container's control group (version 2).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit = cgroup / "memory.max"
     if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+        free = min(free, int(text) - _held(cgroup))
     return free
+
+
+def _held(cgroup: Path) -> int:
+    """Bytes that a control group cannot give back: not the pages of files, which are read again when wanted."""
+    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    used = int((cgroup / "memory.current").read_text())
+    return used - int(stat["active_file"]) - int(stat["inactive_file"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_an_idle_cache_that_lost_a_block_is_noticed(config: ModelConfig) -> None
     cache.reserve(CachedSequence(), 1)
     with pytest.raises(AssertionError, match="leaked"):
         cache.check_idle()
+
+
+def test_pages_of_files_are_free_within_a_limit(tmp_path: Path) -> None:
+    mib = 2**20
+    (tmp_path / "memory.max").write_text(f"{100 * mib}\n")
+    (tmp_path / "memory.current").write_text(f"{90 * mib}\n")
+    (tmp_path / "memory.stat").write_text(
+        f"anon {20 * mib}\nfile {60 * mib}\nshmem {5 * mib}\ninactive_file {40 * mib}\nactive_file {15 * mib}\n"
+    )
+    assert free_memory(CPU, tmp_path) == (100 - 90 + 40 + 15) * mib
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU, tmp_path) > 100 * mib
 
 
 def test_the_size_follows_the_memory(config: ModelConfig) -> None:
