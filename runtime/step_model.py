@@ -39,7 +39,9 @@ class StepModel(LoadedPart, Protocol):
         """See Transformer.prepare_steps."""
 
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
-        """Compute the segments' rows and return the next-token logits of some of them, float32 [len(rows), vocab].
+        """Compute the segments' rows and return the next-token logits of some of them.
+
+        They are float32 [len(rows), vocab], contiguous.
 
         Every cache must have the blocks that its rows write. A row's result depends on what it sees alone.
         """

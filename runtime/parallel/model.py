@@ -143,7 +143,7 @@ class _Ends:
             return hidden.new_empty(0, config.vocab_size, dtype=torch.float32)
         normed = self._backend.rms_norm(hidden, self._final_norm, config.norm_epsilon)
         logits = self._group.gather_vocabulary(self._head(normed), self._shard.vocabulary_part)
-        return None if logits is None else logits[:, : config.vocab_size]
+        return None if logits is None else logits[:, : config.vocab_size].contiguous()
 
 
 class LeadingModel:

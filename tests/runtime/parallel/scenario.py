@@ -1,6 +1,6 @@
 """Steps that a model takes alike in one process and in a group.
 
-Chains together and alone, a tree, long chains, greedy decoding, and a path whose acceptance no step follows.
+Chains together and alone, a tree, long chains, greedy decoding, draws, and a path whose acceptance no step follows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.token_draw.native import draw_tokens
 from runtime.batch import Segment
 from runtime.kv_cache import CachedSequence, KVCache, slot
 from runtime.step_model import StepModel
@@ -21,6 +22,7 @@ COMMITTED = 14  # the tree crosses a block boundary
 TREE = TokenTree((5, 6, 7, 8, 9, 10, 6), (-1, 0, 0, 2, 3, 3, 1))
 ACCEPTED = (2, 3, 4)
 GREEDY_TOKENS = 24
+TOKENS = ("greedy", "drawn")
 LONG = (200, 150)  # chains whose plan is longer than the first broadcast of an order
 
 
@@ -29,13 +31,14 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def play(model: StepModel, cache: KVCache) -> dict[str, torch.Tensor]:
-    """Logits by name, float32; `greedy` holds token ids."""
+    """Logits by name, float32; those of TOKENS hold token ids."""
     results = {"together": _chains(model, cache, [CHAINS])}
     results["alone"] = _chains(model, cache, [(length,) for length in CHAINS])
     results["tree"], results["following"] = _tree(model, cache)
     results["long"] = _chains(model, cache, [LONG, LONG])
     results["nothing wanted"] = _nothing_wanted(model, cache)
     results["greedy"] = torch.tensor(_greedy(model, cache, prompt(9)))
+    results["drawn"] = torch.tensor(_draw(model, cache, prompt(9)))
     results["kept"] = _keep(model, cache)
     return {name: result.cpu().clone() for name, result in results.items()}
 
@@ -91,6 +94,16 @@ def _nothing_wanted(model: StepModel, cache: KVCache) -> torch.Tensor:
     rest = model.step([Segment.chain(sequence, tokens[12:], 12)], [7], cache)
     cache.release(sequence)
     return rest
+
+
+def _draw(model: StepModel, cache: KVCache, tokens: list[int]) -> list[int]:
+    """A token drawn behind each of a chain's."""
+    sequence = CachedSequence()
+    cache.reserve(sequence, len(tokens))
+    rows = range(len(tokens))
+    logits = model.step([Segment.chain(sequence, tokens, 0)], rows, cache)
+    cache.release(sequence)
+    return draw_tokens(logits.cpu(), rows, [0.8] * len(rows), [7] * len(rows), rows)
 
 
 def _greedy(model: StepModel, cache: KVCache, tokens: list[int]) -> list[int]:
