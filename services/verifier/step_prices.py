@@ -25,8 +25,13 @@ class StepPrices:
         self._overhead = LinearFit((0.0, 0.0), (1, 1), _OVERHEAD_MEMORY)
 
     def price(self, rows: int, decoding: int, most_nodes: int) -> StepPrice:
-        """rows: without drafts. most_nodes: of all drafts together."""
-        curve = self.curve.table(rows + most_nodes)[rows : rows + most_nodes + 1]
+        """rows: without drafts, those of prompts among them. most_nodes: of all drafts together.
+
+        What prompts take is no part of it. They must be computed anyway: in a long step tokens come slowly with drafts
+        and without, and those that drafts add must come as fast as in any other step to be worth their time.
+        """
+        table = self.curve.table(rows + most_nodes)
+        curve = table[rows : rows + most_nodes + 1] - (table[rows] - table[decoding])
         self._overhead.solve()
         overhead = max(self._overhead.predict((1, decoding)) / 1000, -0.95 * float(curve[0]))
         return StepPrice(decoding, curve + overhead)
