@@ -97,6 +97,18 @@ def choose_drafting(
     return best if best.hoped_rate > plain.rate else plain
 
 
+def choose_alone(step: StepPrice, seconds: Floats, sizes: Sequence[int], gains: Floats) -> list[int]:
+    """The size of each sequence's tree with which tokens would come fastest if it alone drafted; 0 where none pays.
+
+    seconds: float64 [sizes, sequences], of drafting. sizes: numbers of nodes. gains: float64 [sizes, sequences],
+    expected accepted tokens. What is expected of one sequence decides nothing about another.
+    """
+    rows = np.minimum(sizes, len(step.seconds) - 1)
+    rates = (step.tokens + gains) / (step.seconds[rows][:, None] + seconds)
+    plain = step.tokens / step.of(0)
+    return [sizes[size] if rate > plain else 0 for size, rate in zip(rates.argmax(0), rates.max(0), strict=True)]
+
+
 def best_prefix(step: StepPrice, probabilities: Sequence[float]) -> tuple[int, float]:
     """How many of the nodes to verify, whose path probabilities fall, 0..len(probabilities), and the sum of theirs."""
     best, gained = 0, 0.0

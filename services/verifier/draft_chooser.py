@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from services.verifier.budget import Wish
 from services.verifier.draft_options import Option, Options
 from services.verifier.sequence import Sequence as RunningSequence
 from services.verifier.step_prices import StepPrices
-from speculation.budget import Choice, Floats, StepPrice, choose_drafting
+from speculation.budget import Choice, Floats, StepPrice, choose_alone, choose_drafting
 from speculation.by_load import ByLoad
 from speculation.children import ChildSelection
 from speculation.experience import Gain, Mean
@@ -29,7 +29,8 @@ _MOST_BY_SHARING = 2.0
 class Reckoned:
     """What holds until the step number `until` for steps of as many rows and decoding sequences.
 
-    choice: None before it is needed. ids: of the sequences that it was made for.
+    choice: None before it is needed. ids: of the sequences that it was made for. drawn: sizes of trees with sampled
+    children, by sequence id; 0 where none pays.
     """
 
     price: StepPrice
@@ -37,13 +38,13 @@ class Reckoned:
     until: int
     choice: Choice | None = None
     ids: tuple[int, ...] = ()
+    drawn: dict[int, int] = field(default_factory=dict)
 
-    def fits(self, ids: tuple[int, ...], sampled: bool) -> bool:
-        """Whether the choice is for these sequences too: what is chosen for all or none is for any, but drawn ones."""
+    def fits(self, ids: tuple[int, ...]) -> bool:
+        """Whether the choice is for these sequences too: what is chosen for all or none is for any."""
         if self.choice is None:
             return False
-        for_any = not sampled and len(self.choice.chosen) in (0, len(self.ids)) and len(ids) == len(self.ids)
-        return for_any or ids == self.ids
+        return ids == self.ids or (len(self.choice.chosen) in (0, len(self.ids)) and len(ids) == len(self.ids))
 
 
 class DraftChooser:
@@ -62,7 +63,6 @@ class DraftChooser:
         self._guards = guards
         self._most_nodes = most_nodes
         self._known: dict[int, int] = {}  # how many tokens of a sequence the drafts have
-        self._sampled_steps = 0
         self._sharing = ByLoad(lambda many: Mean(1.0))
         self._steps = 0
         self._reckoned: dict[tuple[int, int], Reckoned] = {}
@@ -83,31 +83,44 @@ class DraftChooser:
         """What was just learned counts at once."""
         self._reckoned.clear()
 
-    def choice(self, reckoned: Reckoned, wishes: Sequence[Wish], sampled: bool) -> Choice | None:
-        """The best way to draft, if any pays and its guard allows it, which knows nothing of sampled children."""
+    def choice(self, reckoned: Reckoned, wishes: Sequence[Wish]) -> Choice | None:
+        """The best way to draft, if any pays and its guard allows it. For sequences without sampled children."""
         guards = self._guards.at(reckoned.price.tokens)
-        hopes = [1.0 if sampled else guard.hope if guard.ready else 0.0 for guard in guards]
+        hopes = [guard.hope if guard.ready else 0.0 for guard in guards]
         if not any(hopes):
             return None
         ids = tuple([wish.id for wish in wishes])
-        if reckoned.choice is None or not reckoned.fits(ids, sampled):
-            # Trees with sampled children are verified whole.
-            sharing = 1.0 if sampled else self._sharing.at(reckoned.price.tokens).value
+        if reckoned.choice is None or not reckoned.fits(ids):
+            sharing = self._sharing.at(reckoned.price.tokens).value
             reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, hopes, sharing), ids
         choice = reckoned.choice
-        return choice if choice.chosen and self._allows(reckoned, choice, sampled) else None
+        return choice if choice.chosen and self._allows(reckoned, choice) else None
 
-    def _allows(self, reckoned: Reckoned, choice: Choice, sampled: bool) -> bool:
-        if sampled:
-            self._sampled_steps += 1
-            known = self._sampled_steps
-        else:
-            sequences, way = reckoned.price.tokens, self._options.way(self._options.all[choice.option])
-            if not self._guards.allow(sequences, way, choice.hoped_rate * reckoned.price.of(0) / sequences):
-                return False
-            known = self._guards.at(sequences)[way].steps
+    def _allows(self, reckoned: Reckoned, choice: Choice) -> bool:
+        sequences, way = reckoned.price.tokens, self._options.way(self._options.all[choice.option])
+        if not self._guards.allow(sequences, way, choice.hoped_rate * reckoned.price.of(0) / sequences):
+            return False
+        known = self._guards.at(sequences)[way].steps
         reckoned.until = min(reckoned.until, self._steps + 1 + known // _HOLD_SHARE)
         return True
+
+    def drawn(self, reckoned: Reckoned, wishes: Sequence[Wish]) -> dict[int, int]:
+        """Sizes of trees with sampled children, by id of the sequences where one pays: each by what came of its own.
+
+        One that meets the noise of another, because it has its prompt and its seed, must not know what became of it.
+        """
+        if reckoned.drawn.keys() != {wish.id for wish in wishes}:
+            option, price = self._options.whole[0], reckoned.price
+            once, each, level, fresh = option.cost.at(price.tokens).solve()
+            new = np.array([self._catching_up(wish) for wish in wishes])
+            depth = np.array([[option.depth_of(size)] for size in self._options.sizes])
+            seconds = np.maximum(once / len(wishes) + each + level * depth + fresh * new, 0) / 1000
+            own = [self.own_gains.setdefault(wish.id, Gain(self._options.sizes)).expected for wish in wishes]
+            bounds = [min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes]
+            gains = np.minimum(np.array(own).T, bounds)
+            chosen = choose_alone(price, seconds, self._options.sizes, gains)
+            reckoned.drawn = {wish.id: size for wish, size in zip(wishes, chosen, strict=True)}
+        return {sequence_id: size for sequence_id, size in reckoned.drawn.items() if size}
 
     def _best(self, price: StepPrice, wishes: Sequence[Wish], hopes: Sequence[float], sharing: float) -> Choice:
         """hopes: what the gains of each way are taken times, 0 for one that may not draft."""
@@ -118,15 +131,10 @@ class DraftChooser:
         weights = np.array([solved[option.cost] for option in options])
         asked = [self._options.asked(size, len(wishes)) for size in self._options.sizes]
         depth = np.array([[option.depth_of(nodes) for nodes in asked] for option in options])
-        # What catches up once is of use in all later steps, about two tokens each.
-        fresh = np.array([self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2) for wish in wishes])
+        fresh = np.array([self._catching_up(wish) for wish in wishes])
         each = (weights[:, 1, None] + weights[:, 2, None] * depth)[:, :, None] + np.outer(weights[:, 3], fresh)[:, None]
-        drawn = ChildSelection.SAMPLED
-        tables = {way: self._gains(options, way) for way in {wish.selection for wish in wishes} if way is not drawn}
-        own = [
-            self._own_gains(wish, len(options)) if wish.selection is drawn else tables[wish.selection]
-            for wish in wishes
-        ]
+        tables = {way: self._gains(options, way) for way in {wish.selection for wish in wishes}}
+        own = [tables[wish.selection] for wish in wishes]
         bounds = np.array([min(wish.plan.draft_nodes, wish.plan.draft_depth) for wish in wishes])
         gains = np.minimum(np.stack(own, axis=2), bounds)
         choice = choose_drafting(price, weights[:, 0], each, self._options.sizes, gains, hope, sharing)
@@ -136,12 +144,6 @@ class DraftChooser:
         """Expected accepted tokens [options, sizes]."""
         return np.array([option.gains[selection].expected for option in options])
 
-    def _own_gains(self, wish: Wish, options: int) -> Floats:
-        """As `_gains`, of a sequence with sampled children, which drafts in the first way alone."""
-        gains = np.zeros((options, len(self._options.sizes)))
-        gains[0] = self.own_gains.setdefault(wish.id, Gain(self._options.sizes)).expected
-        return gains
-
     def learn_sharing(self, sequences: int, times: float) -> None:
         """The nodes that were kept of several trees give `times` the rate that was reckoned with equal ones."""
         self._sharing.at(sequences).learn(min(max(times, 1.0), _MOST_BY_SHARING))
@@ -149,6 +151,10 @@ class DraftChooser:
     def fresh(self, wish: Wish) -> int:
         """How many of its tokens are new to the drafts."""
         return len(wish.plan.sequence.tokens) - self._known.get(wish.id, 0)
+
+    def _catching_up(self, wish: Wish) -> float:
+        """Of its fresh tokens this step's share: what catches up once is of use in all later steps, two tokens each."""
+        return self.fresh(wish) / max(1.0, wish.plan.sequence.remaining / 2)
 
     def is_unknown(self, wish: Wish) -> bool:
         """Whether the drafts know nothing of the sequence."""

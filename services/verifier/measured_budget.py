@@ -120,18 +120,26 @@ class MeasuredBudget(DraftBudget[_Step]):
         return step
 
     def _decide(self, step: _Step, reckoned: Reckoned, wishes: Sequence[Wish]) -> None:
-        step.sampled = any(wish.selection is ChildSelection.SAMPLED for wish in wishes)
-        choice = self._chooser.choice(reckoned, wishes, step.sampled)
-        begins, self._drafting = not self._drafting, choice is not None
-        if choice is None:
+        drawn = [wish for wish in wishes if wish.selection is ChildSelection.SAMPLED]
+        step.sampled = bool(drawn)
+        others = [wish for wish in wishes if wish.selection is not ChildSelection.SAMPLED] if drawn else wishes
+        choice = self._chooser.choice(reckoned, others) if others else None
+        sizes = self._chooser.drawn(reckoned, drawn) if drawn else {}
+        begins, self._drafting = not self._drafting, choice is not None or bool(sizes)
+        if not self._drafting:
             self._idle(step, wishes)
             return
-        chosen = wishes if len(choice.chosen) == len(wishes) else [wishes[place] for place in choice.chosen]
-        unknown = [wish for wish in chosen if self._chooser.is_unknown(wish)] if begins else []
+        chosen = [] if choice is None else [others[place] for place in choice.chosen]
+        drawn = [wish for wish in drawn if wish.id in sizes]
+        unknown = [wish for wish in (*chosen, *drawn) if self._chooser.is_unknown(wish)] if begins else []
         if sum([self._chooser.fresh(wish) for wish in unknown]) > _PREPARED_TOKENS:
             self._open(step, [wish.plan.sequence for wish in unknown])
-        else:
+            return
+        if choice is not None:
             self._drafted(step, choice, chosen)
+        whole = self._options.whole[0]  # what their own gains are of
+        if drawn and (step.option is None or step.option is whole):
+            self._order(step, whole, [(wish, sizes[wish.id]) for wish in drawn])
 
     def _open(self, step: _Step, sequences: Sequence[RunningSequence]) -> None:
         step.opening = [*step.opening, *sequences]
@@ -144,9 +152,7 @@ class MeasuredBudget(DraftBudget[_Step]):
         # Of sampled children the guards know nothing.
         if not step.sampled and self._runs.begins(step.price.tokens, guards, guards[self._options.way(option)]):
             return
-        self._drafted_steps += 1
-        self._last_rest = 0
-        turn = self._drafted_steps % (2 * _LARGEST_EVERY)
+        turn = (self._drafted_steps + 1) % (2 * _LARGEST_EVERY)
         step.equal = choice.rate / choice.sharing
         step.promised = choice.rate * step.price.of(0) / step.price.tokens
         first = chosen[0]
@@ -155,8 +161,9 @@ class MeasuredBudget(DraftBudget[_Step]):
         if largest := turn % _LARGEST_EVERY == _LARGEST_EVERY // 2:
             step.whole = first.id
             option = self._options.whole[turn > _LARGEST_EVERY]
-        self._order(step, option, chosen, choice.size)
-        if largest and first.selection is not ChildSelection.SAMPLED:
+        asked = self._options.asked(choice.size, len(chosen))
+        self._order(step, option, [(wish, asked) for wish in chosen])
+        if largest:
             step.nodes[first.id] = first.plan.draft_nodes
 
     def _idle(self, step: _Step, wishes: Sequence[Wish]) -> None:
@@ -166,22 +173,22 @@ class MeasuredBudget(DraftBudget[_Step]):
         option = self._trials.due(self._options, step.price, wish.plan.draft_nodes, self._chooser.fresh(wish))
         if option is not None:
             step.trial, step.whole = True, wish.id
-            self._order(step, option, [wish], self._trials.nodes(step.price, wish.plan.draft_nodes))
+            self._order(step, option, [(wish, self._trials.nodes(step.price, wish.plan.draft_nodes))])
         elif not step.sampled:
             self._rest = self._last_rest = min(self._last_rest + _REST_STEPS, _LONGEST_REST)
 
-    def _order(self, step: _Step, option: Option, chosen: Sequence[Wish], size: int) -> None:
-        self._runs.drafts(step.price.tokens)
-        step.option, step.models, step.floor = option, option.models, option.floor
-        option.cost.idle_steps = 0
-        option.cost.measured += 1
-        for wish in chosen:
-            nodes = wish.plan.draft_nodes
-            if step.trial or wish.selection is ChildSelection.SAMPLED:  # such trees cannot be pruned
-                nodes = min(size, nodes)
-            else:
-                nodes = min(self._options.asked(size, len(chosen)), nodes)
-            step.nodes[wish.id] = nodes
+    def _order(self, step: _Step, option: Option, wanted: Sequence[tuple[Wish, int]]) -> None:
+        """wanted: with most nodes of each tree."""
+        if step.option is None:
+            self._runs.drafts(step.price.tokens)
+            step.option, step.models, step.floor = option, option.models, option.floor
+            option.cost.idle_steps = 0
+            option.cost.measured += 1
+            if not step.trial:
+                self._drafted_steps += 1
+                self._last_rest = 0
+        for wish, nodes in wanted:
+            step.nodes[wish.id] = min(nodes, wish.plan.draft_nodes)
             step.fresh += self._chooser.fresh(wish)
             self._chooser.told(wish.plan.sequence)
 

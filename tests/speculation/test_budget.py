@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speculation.budget import Choice, StepPrice, best_prefix, choose_drafting, nodes_that_pay
+from speculation.budget import Choice, StepPrice, best_prefix, choose_alone, choose_drafting, nodes_that_pay
 from speculation.experience import Gain, LinearFit, Reliability, promises
 from speculation.tree import TokenTree
 from tests.speculation.trees import confident_trees
@@ -159,3 +159,19 @@ def test_a_fit_finds_the_weights_and_keeps_the_prior_where_nothing_is_seen() -> 
         fit.observe((1, turn % 7, 0), 3 + 2 * (turn % 7))
     assert fit.solve() == pytest.approx([3, 2, 5], abs=0.1)
     assert fit.predict((1, 2, 0)) == pytest.approx(7, abs=0.1)
+
+
+@given(st.data())
+def test_each_sequence_alone_gets_the_size_that_pays_most(data: st.DataObject) -> None:
+    sizes, sequences = [1, 2, 4], data.draw(st.integers(1, 4))
+    cost, gain = st.floats(0, 2), st.floats(0, 4)
+    seconds, gains = (np.array([[data.draw(kind) for _ in range(sequences)] for _ in sizes]) for kind in (cost, gain))
+    step = StepPrice(sequences, 1 + np.cumsum([data.draw(st.floats(0, 1)) for _ in range(5)]))
+    chosen = choose_alone(step, seconds, sizes, gains)
+    for place, size in enumerate(chosen):
+        rates = {0: sequences / step.of(0)}
+        for index, nodes in enumerate(sizes):
+            rates[nodes] = (sequences + gains[index, place]) / (step.of(nodes) + seconds[index, place])
+        assert rates[size] == pytest.approx(max(rates.values()))
+        alone = choose_alone(step, seconds[:, [place]], sizes, gains[:, [place]])
+        assert alone == [size], "whatever the others are expected to bring"

@@ -8,10 +8,16 @@ import random
 import pytest
 
 from runtime.kv_cache import CachedSequence
+from services.verifier.budget import Wish
+from services.verifier.draft_chooser import DraftChooser
+from services.verifier.draft_options import Options
 from services.verifier.knowledge import SHARE
 from services.verifier.measured_budget import MeasuredBudget
 from services.verifier.scheduler import SequencePlan
+from services.verifier.step_prices import StepPrices
 from speculation.children import ChildSelection
+from speculation.experience import Gain
+from speculation.guard import Guards
 from speculation.step_curve import StepCurve
 from tests.services.verifier.simulated_machine import NODES, Seconds, World, memory_bound, small_cpu
 
@@ -268,6 +274,27 @@ def test_sampled_children_learn_from_their_own_sequence_alone() -> None:
     assert asked[0] == 1
     untaught.one_step([untaught.sequence(400)])
     assert untaught.asked == [1]
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, 1.0])
+def test_what_comes_of_sampled_children_decides_nothing_about_another_sequence(chance: float) -> None:
+    """Of two with the same prompt and seed, one ahead, the other meets the same noise later."""
+    options, prices = Options(NODES), StepPrices(StepCurve({rows: small_cpu(rows) for rows in (1, 8, 64)}))
+    world = World(small_cpu, right=0.7)
+    first, other = (
+        Wish(SequencePlan(sequence, 2, True, NODES, 8), ChildSelection.SAMPLED)
+        for sequence in (world.sequence(400), world.sequence(400))
+    )
+    sizes = []
+    for taught in (False, True):
+        chooser = DraftChooser(options, prices, Guards(2), NODES)
+        if taught:
+            gain = chooser.own_gains[first.id] = Gain(options.sizes)
+            for _ in range(64):
+                gain.learn([chance] * NODES, NODES)
+        sizes.append(chooser.drawn(chooser.reckon(2, 2), [first, other]))
+    assert sizes[0][other.id] == sizes[1][other.id] > 0
+    assert (sizes[1].get(first.id, 0) > 0) is (chance > 0.5)
 
 
 def test_sampled_trees_are_never_pruned() -> None:
