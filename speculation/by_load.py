@@ -9,6 +9,11 @@ _T = TypeVar("_T")
 _State = TypeVar("_State")
 
 
+def load_of(sequences: int) -> int:
+    """The range of loads that so many decoding sequences are in."""
+    return sequences.bit_length()
+
+
 class ByLoad(Generic[_T]):
     """One thing for each load, made when it is first asked for.
 
@@ -20,7 +25,7 @@ class ByLoad(Generic[_T]):
         self._things: dict[int, _T] = {}
 
     def at(self, sequences: int) -> _T:
-        return self._of(sequences.bit_length())
+        return self._of(load_of(sequences))
 
     def _of(self, load: int) -> _T:
         if (thing := self._things.get(load)) is None:

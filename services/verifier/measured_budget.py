@@ -20,6 +20,7 @@ from services.verifier.sequence import Sequence as RunningSequence
 from services.verifier.step_prices import StepPrices
 from speculation.acceptance import Accepted
 from speculation.budget import Choice, StepPrice, nodes_that_pay
+from speculation.by_load import load_of
 from speculation.children import ChildSelection
 from speculation.experience import GAIN_MEMORY, RELIABILITY_MEMORY, Reliability
 from speculation.guard import Guards
@@ -29,6 +30,10 @@ from speculation.tree import TokenTree
 
 # Every so many drafted steps one verifies all that was asked for one sequence, or its largest tree.
 _UNPRUNED_EVERY, _LARGEST_EVERY = 16, 64
+# Drafting begins at a load that has lasted for so many steps without prompts. Where one of 8 streams ends, 7 decode for
+# a step or two until the next one comes: a draft there alone costs more than it brings, since it slows the plain steps
+# behind it.
+_STEADY_STEPS = 8
 # The first steps of a process take up to three times as long as later ones: believed, they would spoil what is known of
 # large steps, of drafting and of plain decoding. What was kept of an earlier process is judged all the same.
 _COLD_STEPS = 32
@@ -91,6 +96,7 @@ class MeasuredBudget(DraftBudget[_Step]):
         self._drafted_steps = self._drafts = 0
         self._rest = self._last_rest = 0  # steps
         self._runs = PlainRuns()
+        self._load, self._steady = 0, _STEADY_STEPS
         self._learned_steps = 0
         self._drafting = False  # whether the last step that might draft did so because it pays
 
@@ -110,6 +116,9 @@ class MeasuredBudget(DraftBudget[_Step]):
         reckoned = self._chooser.reckon(decoding, chunks + decoding)
         step = _Step(price=reckoned.price, rows=reckoned.rows, alone=chunks == 0, plain_before=self._runs.in_a_row)
         self._runs.in_a_row += 1
+        load = load_of(decoding)
+        self._steady = self._steady + 1 if self._load in (0, load) and step.alone else 0
+        self._load = load
         if self._rest > 0:
             self._rest -= 1
             self._trials.wait(self._options)
@@ -123,7 +132,8 @@ class MeasuredBudget(DraftBudget[_Step]):
         drawn = [wish for wish in wishes if wish.selection is ChildSelection.SAMPLED]
         step.sampled = bool(drawn)
         others = [wish for wish in wishes if wish.selection is not ChildSelection.SAMPLED] if drawn else wishes
-        choice = self._chooser.choice(reckoned, others) if others else None
+        may_begin = self._drafting or self._steady >= _STEADY_STEPS
+        choice = self._chooser.choice(reckoned, others) if others and may_begin else None
         sizes = self._chooser.drawn(reckoned, drawn) if drawn else {}
         begins, self._drafting = not self._drafting, choice is not None or bool(sizes)
         if not self._drafting:

@@ -149,6 +149,22 @@ def test_a_load_that_is_only_passed_through_costs_no_plain_steps() -> None:
     assert world.asked[-256:].count(0) < 26
 
 
+def test_drafting_does_not_begin_for_a_step_or_two() -> None:
+    """Where many decode plainly, one less does so too until the next one comes, though that would pay for longer."""
+    world = World(small_cpu, right=0.7)
+    world.speedup(1, steps=400)
+    world.right = 0.0
+    world.speedup(2, steps=600)
+    world.right = 0.7
+    for _ in range(20):
+        world.speedup(2, steps=20)
+        asked = len(world.asked)
+        world.speedup(1, steps=2)
+        assert sum(world.asked[asked:]) == 0
+    world.speedup(1, steps=300)
+    assert world.asked[-80:].count(1) > 40
+
+
 def test_models_draft_again_behind_a_slow_minute_though_look_up_pays_too() -> None:
     again = []
     for seed in range(4):
