@@ -79,7 +79,7 @@ def status_of(error: Exception) -> StatusError:
         return error
     if isinstance(error, Draining):
         return StatusError(grpc.StatusCode.UNAVAILABLE, str(error))
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError):  # what protoc's servicers raise for a call that a service lacks
         return StatusError(grpc.StatusCode.UNIMPLEMENTED, str(error) or "this call is not supported")
     if isinstance(error, TimeoutError):
         return StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, str(error) or "the call took too long")

@@ -133,7 +133,7 @@ class Records:
         self._waiting_tokens = 0
         self._losers: set[str] = set()
         self._unwritten: dict[str, _Unwritten] = {}  # the oldest first
-        self._writes: dict[str, asyncio.Task[None]] = {}  # of the state "running", by request
+        self._writes: dict[str, asyncio.Task[bool]] = {}  # of the state "running", by request
         self._wake = asyncio.Event()
         self._flusher = asyncio.create_task(self._flush_until_closed())
 
@@ -201,18 +201,20 @@ class Records:
             await asyncio.wait((running,))  # on another connection it could come behind
         await self._write_or_keep(request_id, _Unwritten(fields, choices))
 
-    async def _write_or_keep(self, request_id: str, unwritten: _Unwritten) -> None:
-        """Write it in place of what is kept of the request; keep it for later when Redis is away."""
+    async def _write_or_keep(self, request_id: str, unwritten: _Unwritten) -> bool:
+        """Write it in place of what is kept of the request; keep it for later, and say False, when Redis is away."""
         self._unwritten.pop(request_id, None)
-        if not await self._try(lambda: self._write_again(request_id, unwritten)):
-            self._unwritten[request_id] = unwritten
-            if len(self._unwritten) > MAX_UNWRITTEN:
-                oldest = next(iter(self._unwritten))
-                log.error("the end of a request is missing from its record", extra={"request": oldest})
-                self._forget(oldest, self._unwritten.pop(oldest).choices)
-            self._wake.set()
+        if await self._try(lambda: self._write_state(request_id, unwritten)):
+            return True
+        self._unwritten[request_id] = unwritten
+        if len(self._unwritten) > MAX_UNWRITTEN:
+            oldest = next(iter(self._unwritten))
+            log.error("the end of a request is missing from its record", extra={"request": oldest})
+            self._forget(oldest, self._unwritten.pop(oldest).choices)
+        self._wake.set()
+        return False
 
-    async def _write_again(self, request_id: str, unwritten: _Unwritten) -> None:
+    async def _write_state(self, request_id: str, unwritten: _Unwritten) -> None:
         lost: Fields = {"tokens_lost": 1} if request_id in self._losers else {}
         await self._write(request_id, unwritten.fields | lost, unwritten.choices)
         if unwritten.choices:
@@ -247,7 +249,8 @@ class Records:
         while not self._closing:
             await self._wake.wait()
             self._wake.clear()
-            await self._try(self._flush)
+            if self._waiting_tokens:
+                await self._try(self._flush)
             if self._waiting_tokens > MAX_PENDING_TOKENS:
                 self._drop_pending()
             await self._write_kept()
@@ -255,14 +258,15 @@ class Records:
                 self._wake.set()
             if not self._closing:
                 await asyncio.sleep(AWAY_INTERVAL_S if self._away else FLUSH_INTERVAL_S)
-        await self._try(self._flush)
+        if self._waiting_tokens:
+            await self._try(self._flush)
         await self._write_kept()
 
     async def _write_kept(self) -> None:
-        """Once Redis is back, the states that it did not take."""
-        while self._unwritten and not self._away:
-            request_id = next(iter(self._unwritten))
-            await self._write_or_keep(request_id, self._unwritten[request_id])
+        """The states that Redis did not take, until it refuses one, which comes last the next time."""
+        for request_id, unwritten in list(self._unwritten.items()):
+            if self._unwritten.get(request_id) is unwritten and not await self._write_or_keep(request_id, unwritten):
+                return
 
     async def _flush(self) -> None:
         now = time.monotonic()

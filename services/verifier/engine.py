@@ -88,6 +88,9 @@ class Engine:
         self._inbox.close()
         sinks = [arrival.sink for arrival in self._inbox.take().arrivals]
         sinks += [sequence.sink for sequence in list(self._sequences.values())]
+        # Those that have just ended, of which nobody knows yet; who was told meanwhile ignores what comes behind it.
+        outputs = [output for _, report in list(self._unsettled) for output in report.outputs]
+        sinks += [sink for sink, output in outputs if output.finish_reason is not None]
         for sink in sinks:
             sink(EngineStopped(str(reason)))
         self._on_fatal(reason)

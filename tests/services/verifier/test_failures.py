@@ -17,6 +17,7 @@ from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.tls import INSECURE
 from services.verifier.budget import WholeDrafts
+from services.verifier.drafts import DraftCollector
 from services.verifier.engine import Engine
 from services.verifier.runner import Runner
 from tests.services.harness import Begun, SequenceFailed, Services, Verifier, request, services
@@ -166,6 +167,29 @@ def test_behind_an_error_of_the_device_another_verifier_can_go_on(
         with pytest.raises(SequenceFailed) as caught:
             verifier.generate(PROMPT, 8)
         assert caught.value.reason == verifier_pb2.FAILURE_REASON_STOPPING
+
+
+def test_who_has_just_ended_when_the_device_fails_hears_of_it(
+    llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its last step gave was still to be handed out."""
+    verifier = running.verifier(llm)
+    whole = DraftCollector.ask
+
+    def fails_behind_the_first_end(collector: DraftCollector, plans: Any) -> Any:
+        if verifier.metric("requests_total", outcome="length"):
+            raise RuntimeError("illegal access")
+        return whole(collector, plans)
+
+    monkeypatch.setattr(DraftCollector, "ask", fails_behind_the_first_end)
+    monkeypatch.setattr(Runner, "device_works", lambda _: False)
+    with channel(verifier.address, INSECURE) as connection:
+        going_on = Begun(connection, request(PROMPT, 250))
+        going_on.admitted()
+        for ending in (Begun(connection, request(PROMPT, 8)), going_on):
+            with pytest.raises(SequenceFailed) as caught:
+                list(ending.outputs())
+            assert caught.value.reason == verifier_pb2.FAILURE_REASON_STOPPING
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the engine's thread ends with it
