@@ -128,7 +128,7 @@ def test_a_body_that_never_ends_has_the_same_time(start_gateway: Callable[..., R
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         assert connection.recv(4096).startswith(b"HTTP/1.1 504 ")
-    assert counter(gateway, "specserve_gateway_open_requests") == 0
+        wait_until(lambda: counter(gateway, "specserve_gateway_open_requests") == 0)
 
 
 def test_the_sdk_raises_an_error_in_mid_stream(gateway: RunningGateway) -> None:
