@@ -86,8 +86,8 @@ def test_a_cancelled_call_frees_its_kv_and_its_draft_session(llm: Path, ssms: li
             next(sequence.outputs())
             sequence.cancel()
             wait_until(lambda: verifier.metric("requests_total", outcome="cancelled") == 1)
+        wait_until(lambda: recorder.closed == recorder.opened != [])  # told once the last step is counted
         steps = verifier.metric("sequence_steps_total")
-        wait_until(lambda: recorder.closed == recorder.opened != [])
         time.sleep(0.05)
         assert verifier.metric("sequence_steps_total") == steps < 200, "no step is spent on it any more"
         verifier.generate(PROMPT, 3)
