@@ -29,6 +29,11 @@ _MOST_SAVED = 4.0
 _LONG_RUN, _RECENT = 64, 16
 # Weight of what was expected against what came: that of so many sequences' steps, but never less than a share.
 _PRIOR_SEQUENCES, _LEAST_WEIGHT = 2.0, 0.1
+# What a change from plain to drafted steps costs behind them, in plain steps: some twenty are slower, by a tenth in the
+# beginning, while the LLM's weights come back to the cache that others have filled.
+AFTERMATH = 1.0
+# Drafted steps in which that must come back.
+_STAYING_STEPS = 64
 # Share of the time that trials may lose after the first failure; each further one halves it.
 _SHARE, _MOST_HALVINGS = 0.005, 4
 
@@ -153,7 +158,7 @@ class Guard:
             self._give_up(lost)
 
     def _give_up(self, lost: float) -> None:
-        self._pause = lost * 2.0 ** min(self._failures, _MOST_HALVINGS) / _SHARE
+        self._pause = (lost + AFTERMATH) * 2.0 ** min(self._failures, _MOST_HALVINGS) / _SHARE
         self._failures += 1
         self._account = self._mean = 0.0
         self._steps = self._sequences = 0
@@ -187,9 +192,13 @@ class Guards:
         """By way."""
         return self._guards.at(sequences)
 
-    def allow(self, sequences: int, way: int, gain: float) -> bool:
-        """Whether the next step may draft, thought to give `gain` times the tokens per second of a plain one."""
-        return self.at(sequences)[way].ready and gain >= _LEAST_GAIN + _unseen(sequences)
+    def allow(self, sequences: int, way: int, gain: float, *, begins: bool) -> bool:
+        """Whether the next step may draft, thought to give `gain` times the tokens per second of a plain one.
+
+        begins: behind a plain step.
+        """
+        least = _LEAST_GAIN + _unseen(sequences) + begins * AFTERMATH / _STAYING_STEPS
+        return self.at(sequences)[way].ready and gain >= least
 
     def state(self) -> dict[str, Sequence[Sequence[float]]]:
         return {load: [guard.state() for guard in guards] for load, guards in self._guards.items()}

@@ -83,8 +83,11 @@ class DraftChooser:
         """What was just learned counts at once."""
         self._reckoned.clear()
 
-    def choice(self, reckoned: Reckoned, wishes: Sequence[Wish]) -> Choice | None:
-        """The best way to draft, if any pays and its guard allows it. For sequences without sampled children."""
+    def choice(self, reckoned: Reckoned, wishes: Sequence[Wish], *, begins: bool) -> Choice | None:
+        """The best way to draft, if any pays and its guard allows it. For sequences without sampled children.
+
+        begins: whether the step before had no drafts that pay.
+        """
         guards = self._guards.at(reckoned.price.tokens)
         hopes = [guard.hope if guard.ready else 0.0 for guard in guards]
         if not any(hopes):
@@ -94,11 +97,12 @@ class DraftChooser:
             sharing = self._sharing.at(reckoned.price.tokens).value
             reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, hopes, sharing), ids
         choice = reckoned.choice
-        return choice if choice.chosen and self._allows(reckoned, choice) else None
+        return choice if choice.chosen and self._allows(reckoned, choice, begins=begins) else None
 
-    def _allows(self, reckoned: Reckoned, choice: Choice) -> bool:
+    def _allows(self, reckoned: Reckoned, choice: Choice, *, begins: bool) -> bool:
         sequences, way = reckoned.price.tokens, self._options.way(self._options.all[choice.option])
-        if not self._guards.allow(sequences, way, choice.hoped_rate * reckoned.price.of(0) / sequences):
+        gain = choice.hoped_rate * reckoned.price.of(0) / sequences
+        if not self._guards.allow(sequences, way, gain, begins=begins):
             return False
         known = self._guards.at(sequences)[way].steps
         reckoned.until = min(reckoned.until, self._steps + 1 + known // _HOLD_SHARE)

@@ -15,6 +15,7 @@ from speculation.budget import StepPrice
 from speculation.by_load import ByLoad
 from speculation.children import ChildSelection
 from speculation.experience import Gain, LinearFit
+from speculation.guard import AFTERMATH
 
 # Least probabilities of a path behind which small models go on that are told apart.
 FLOORS = (0.0, 0.1, 0.25, 0.5)
@@ -163,7 +164,8 @@ class Options:
 class IdleTrials:
     """When one sequence drafts though it does not pay, to see what drafting costs and brings by now.
 
-    Its cost is a small share of the time since the last trial. The first ones come sooner: little is known.
+    Its cost, that of slower steps behind it included, is a small share of the time since the last trial. The first ones
+    come sooner: little is known.
     """
 
     SHARE, FIRST_SHARE = 0.0015, 0.005
@@ -205,7 +207,7 @@ class IdleTrials:
         drafting = option.cost.seconds(price.tokens, (1, 1, option.depth_of(nodes), fresh))
         first = measured <= self.FIRST
         least, share = (self.FIRST_STEPS << measured, self.FIRST_SHARE) if first else (self.LEAST_STEPS, self.SHARE)
-        return max(least, (drafting + verifying) / (share * price.of(0)))
+        return max(least, ((drafting + verifying) / price.of(0) + AFTERMATH) / share)
 
 
 def tamed(value: float, expected: float) -> float:

@@ -132,10 +132,11 @@ class MeasuredBudget(DraftBudget[_Step]):
         drawn = [wish for wish in wishes if wish.selection is ChildSelection.SAMPLED]
         step.sampled = bool(drawn)
         others = [wish for wish in wishes if wish.selection is not ChildSelection.SAMPLED] if drawn else wishes
-        may_begin = self._drafting or self._steady >= _STEADY_STEPS
-        choice = self._chooser.choice(reckoned, others) if others and may_begin else None
+        begins = not self._drafting
+        may_begin = not begins or self._steady >= _STEADY_STEPS
+        choice = self._chooser.choice(reckoned, others, begins=begins) if others and may_begin else None
         sizes = self._chooser.drawn(reckoned, drawn) if drawn else {}
-        begins, self._drafting = not self._drafting, choice is not None or bool(sizes)
+        self._drafting = choice is not None or bool(sizes)
         if not self._drafting:
             self._idle(step, wishes)
             return

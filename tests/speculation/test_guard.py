@@ -178,10 +178,12 @@ def test_each_load_and_way_has_its_own_verdict() -> None:
                 guard.plain(0.010, 0.010, in_a_row=True)
     while guards.at(4)[0].ready:
         draft(guards.at(4)[0], 0.5)
-    assert not guards.allow(4, 0, gain=1.5)
-    assert guards.allow(4, 1, gain=1.1), "another way to draft"
-    assert guards.allow(16, 0, gain=1.1)
-    assert not guards.allow(16, 0, gain=1.01), "within what the estimates are wrong by"
+    assert not guards.allow(4, 0, gain=1.5, begins=False)
+    assert guards.allow(4, 1, gain=1.1, begins=False), "another way to draft"
+    assert guards.allow(16, 0, gain=1.1, begins=False)
+    assert not guards.allow(16, 0, gain=1.01, begins=False), "within what the estimates are wrong by"
+    assert guards.allow(16, 0, gain=1.055, begins=False)
+    assert not guards.allow(16, 0, gain=1.055, begins=True), "less than slower steps behind a short trial take"
 
 
 def test_verdicts_are_kept_and_doubted_sooner() -> None:
@@ -191,8 +193,8 @@ def test_verdicts_are_kept_and_doubted_sooner() -> None:
             guards.at(sequences)[0].plain(0.012, 0.010, in_a_row=True)
         draft_until_refused(guards.at(sequences)[0], speedup, 100)
     kept.restore(json.loads(json.dumps(guards.state())), share=0.25)
-    assert kept.allow(1, 0, gain=1.5)
-    assert not kept.allow(8, 0, gain=1.5)
+    assert kept.allow(1, 0, gain=1.5, begins=False)
+    assert not kept.allow(8, 0, gain=1.5, begins=False)
     assert kept.at(1)[0].informed, "plain steps are known"
     assert kept.at(1)[0].knows_a_row
     assert kept.at(1)[0].steps == 64, "the trial is not begun again"

@@ -140,6 +140,16 @@ def test_plain_steps_are_measured_in_a_row(streams: int, right: float, each: flo
     assert sum(ratios) / 6 > 0.97
 
 
+@pytest.mark.parametrize("streams", [8, 16])
+def test_trials_count_the_slower_steps_behind_them(streams: int) -> None:
+    ratios = []
+    for seed in range(4):
+        world = World(small_cpu, right=0.6, costs=(0.0006, 0.0006, 0.0001), behind=0.3, fades=12, seed=seed)
+        world.speedup(streams, steps=600)
+        ratios.append(world.speedup(streams, steps=1000))
+    assert sum(ratios) / 4 > 0.99
+
+
 def test_a_load_that_is_only_passed_through_costs_no_plain_steps() -> None:
     """Streams that end one by one, again and again: plain steps in a row are never known of the smaller loads."""
     world = World(memory_bound, right=0.8)
@@ -156,7 +166,7 @@ def test_drafting_does_not_begin_for_a_step_or_two() -> None:
     world.right = 0.0
     world.speedup(2, steps=600)
     world.right = 0.7
-    for _ in range(20):
+    for _ in range(10):
         world.speedup(2, steps=20)
         asked = len(world.asked)
         world.speedup(1, steps=2)
