@@ -108,18 +108,17 @@ Global___SpeculateRequest: _TypeAlias = SpeculateRequest  # noqa: Y015
 
 @_typing.final
 class OpenSequence(_message.Message):
+    """Drafts will be asked for soon: what the first of them would have to compute of the tokens is computed meanwhile."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     PROMPT_LENGTH_FIELD_NUMBER: _builtins.int
-    PREPARE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     prompt_length: _builtins.int
     """How many of token_ids are the prompt's."""
-    prepare: _builtins.bool
-    """Drafts will be asked for soon: what the first of them would have to compute of these tokens is computed now."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens of the sequence, prompt and output. Opening a known sequence again replaces it."""
@@ -133,11 +132,10 @@ class OpenSequence(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _tree_pb2.SamplingParams | None = ...,
         prompt_length: _builtins.int = ...,
-        prepare: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prepare", b"prepare", "prompt_length", b"prompt_length", "sampling", b"sampling", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_length", b"prompt_length", "sampling", b"sampling", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

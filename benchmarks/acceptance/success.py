@@ -126,6 +126,8 @@ def _open(sources: Iterable[Drafter], rule: AcceptanceRule, prompts: Sequence[To
     for source in sources:
         for index, prompt in enumerate(prompts):
             source.open((STREAM, index), prompt, len(prompt), sampling(rule, seed, index))
+        while source.work_ahead():
+            pass
 
 
 def _llm_distributions(bench: Bench, prompts: Sequence[Tokens], texts: Sequence[Tokens]) -> list[torch.Tensor]:

@@ -31,7 +31,6 @@ def request_to_wire(request: SpeculateRequest) -> speculator_pb2.SpeculateReques
             token_ids=opened.token_ids,
             sampling=sampling_to_wire(opened.sampling),
             prompt_length=opened.prompt_length,
-            prepare=opened.prepare,
         )
     for draft in request.draft:
         message.draft.add(
@@ -63,7 +62,6 @@ def _opened(message: speculator_pb2.OpenSequence) -> OpenSequence:
         list(message.token_ids),
         sampling_from_wire(message.sampling),
         message.prompt_length,
-        message.prepare,
     )
 
 

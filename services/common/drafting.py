@@ -18,7 +18,6 @@ class OpenSequence:
     token_ids: Sequence[int]
     sampling: SamplingParams
     prompt_length: int
-    prepare: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,29 +36,35 @@ class DraftService:
         self._vocab_size = vocab_size
         self._metrics = metrics
 
-    def answer(self, stream: int, message: SpeculateRequest) -> SpeculateResponse:
-        """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol."""
+    def answer(self, stream: int, message: SpeculateRequest, *, at_once: bool = False) -> SpeculateResponse:
+        """Apply a message in the order of its fields; InvalidMessage or ValueError when it breaks the protocol.
+
+        at_once: what `work_ahead` would compute is computed before the drafts, however long that takes.
+        """
         started = time.perf_counter()
-        response = self._answer(stream, message)
+        response = self._answer(stream, message, at_once=at_once)
         response.work_seconds = time.perf_counter() - started
         self._metrics.answer_seconds.observe(response.work_seconds)
         return response
+
+    def work_ahead(self) -> bool:
+        """Compute a piece of the texts that drafts wait for, between two messages; whether there is more."""
+        return any(source.work_ahead() for source in self._sources)
 
     def end(self, stream: int) -> None:
         """Forget everything that a stream has opened."""
         for source in self._sources:
             source.close_stream(stream)
 
-    def _answer(self, stream: int, message: SpeculateRequest) -> SpeculateResponse:
+    def _answer(self, stream: int, message: SpeculateRequest, *, at_once: bool) -> SpeculateResponse:
         unknown = {advance.sequence_id for advance in message.advance if not self._advance(stream, advance)}
         for sequence_id in message.close:
             for source in self._sources:
                 source.close((stream, sequence_id))
         for opened in message.open:
             self._open(stream, opened)
-        if prepared := [(stream, opened.sequence_id) for opened in message.open if opened.prepare]:
-            for source in self._sources:
-                source.prepare(prepared)
+        while at_once and self.work_ahead():
+            pass
         orders = [draft_order(stream, wish) for wish in message.draft]
         unknown |= {order.key[1] for order in orders if order.key not in self._sources[0]}
         known = [order for order in orders if order.key[1] not in unknown]

@@ -5,11 +5,11 @@ Knows nothing of the network. Not thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from kernels.draft_loop.native import ChildRule
 from runtime.batch import Segment
-from runtime.kv_cache import CacheFull, KVCache, slot
+from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
 from runtime.step_graph import Capture
 from runtime.transformer import Transformer
 from services.speculator.graph_growth import GrowthGraphs
@@ -19,6 +19,9 @@ from services.speculator.session import DrafterSettings, DraftOrder, Session, Se
 from speculation.logits import LogitsPipeline
 from speculation.sampling import SamplingParams
 from speculation.tree import TokenTree
+
+# More tokens of text than a step gives any sequence are a prompt, or an output that was computed once.
+_GIVEN_BY_A_STEP = 32
 
 
 class Drafter:
@@ -39,6 +42,7 @@ class Drafter:
         self.settings = settings
         self._graphs = None if capture is None else GrowthGraphs(model, cache, settings, capture)
         self._sessions: dict[SessionKey, Session] = {}  # least recently drafted first
+        self._behind: dict[SessionKey, int] = {}  # in turn: so many tokens of each are computed ahead of its draft
         # Slots of accepted nodes and where their KV belongs. Nothing is written to the cache between drafts: the moves
         # of all sequences wait for the next one.
         self._sources: list[int] = []
@@ -56,21 +60,39 @@ class Drafter:
         return key in self._sessions
 
     def open(self, key: SessionKey, tokens: Sequence[int], prompt_length: int, params: SamplingParams) -> None:
-        """Start a session, in place of one of the same key."""
+        """Start a session, in place of one of the same key. `work_ahead` computes its tokens but the last, whose
+        distribution is the draft's own; what has no room waits for its draft.
+        """
         self.close(key)
         prompt, output = tokens[:prompt_length], tokens[prompt_length:]
         pipeline = LogitsPipeline(params, prompt, self.model.config.vocab_size, self.model.device)
         pipeline.advance(output)
         self._sessions[key] = Session(list(tokens), pipeline)
+        fits = len(tokens) <= self.model.config.context_length
+        if fits and self._make_room(key, len(tokens), busy={key, *self._behind}):
+            self._behind[key] = len(tokens) - 1
 
-    def prepare(self, keys: Sequence[SessionKey]) -> None:
-        """Compute the sessions' tokens but the last, whose distribution is the draft's own; what has no room later."""
-        self._settle()
-        sessions = {key: self._sessions[key] for key in keys}
-        context, busy = self.model.config.context_length, {id(session) for session in sessions.values()}
-        fitting = {key: session for key, session in sessions.items() if len(session.tokens) <= context}
-        ready = [session for key, session in fitting.items() if self._make_room(key, len(session.tokens), busy)]
-        self._catch_up(ready, left=1)
+    def work_ahead(self) -> bool:
+        """One forward pass of at most `prefill_chunk` tokens of text; whether there is more to compute."""
+        chunks: list[tuple[CachedSequence, list[int]]] = []
+        left = self.settings.prefill_chunk
+        while self._behind and left > 0:
+            key, wanted = next(iter(self._behind.items()))
+            session = self._sessions[key]
+            start = session.cache.length
+            end = min(start + left, wanted)
+            if end > start:
+                chunks.append((session.cache, session.tokens[start:end]))
+                left -= end - start
+            if end < wanted:
+                break
+            del self._behind[key]
+        if chunks:
+            self._settle()
+            self.model.step([Segment.chain(cache, tokens, cache.length) for cache, tokens in chunks], [], self.cache)
+        for cache, tokens in chunks:
+            cache.length += len(tokens)
+        return bool(self._behind)
 
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         """Append accepted tokens; the KV of those that the last tree had evaluated is kept."""
@@ -83,6 +105,7 @@ class Drafter:
 
     def close(self, key: SessionKey) -> None:
         if (session := self._sessions.pop(key, None)) is not None:
+            self._behind.pop(key, None)
             self.cache.release(session.cache)
 
     def close_stream(self, stream: int) -> None:
@@ -91,13 +114,14 @@ class Drafter:
             self.close(key)
 
     def draft(self, orders: Iterable[DraftOrder]) -> dict[SessionKey, TokenTree]:
-        """A tree for every order whose sequence fits the model's context and cache; the others are left out."""
+        """A tree for every order whose sequence fits the model's context and cache; the others are left out. So are
+        those with more text to compute than the rest may wait for, until `work_ahead` has done it.
+        """
         self._settle()
         growing = [(self._sessions[order.key], order) for order in orders]
-        busy = {id(session) for session, _ in growing}
+        busy = {order.key for _, order in growing}
         growing = [(session, order) for session, order in growing if self._has_room(session, order, busy)]
-        self._catch_up([session for session, _ in growing], left=self.settings.prefill_chunk)
-        ruled, by_level = self._split(growing)
+        ruled, by_level = self._split(self._caught_up(growing))
         trees = [
             *(self._grow_in_one(ruled) if ruled else ()),
             *(grow_by_level(self.name, self.model, self.cache, self.settings, by_level) if by_level else ()),
@@ -115,10 +139,10 @@ class Drafter:
             trees += self._graphs.grow(self.name, part, logits)
         return trees
 
-    def _make_room(self, key: SessionKey, entries: int, busy: set[int]) -> bool:
+    def _make_room(self, key: SessionKey, entries: int, busy: Set[SessionKey]) -> bool:
         """Reserve so much KV for a session, if need be that of the sessions that have not drafted for the longest time.
 
-        busy: ids of the sessions that compute something now; they keep theirs.
+        busy: those that compute something now; they keep theirs.
         """
         session = self._sessions[key] = self._sessions.pop(key)
         session.slots = None
@@ -126,33 +150,39 @@ class Drafter:
             try:
                 self.cache.reserve(session.cache, entries)
             except CacheFull:
-                others = (other for other in self._sessions.values() if other.cache.blocks and id(other) not in busy)
+                others = (other for other, held in self._sessions.items() if held.cache.blocks and other not in busy)
                 if (victim := next(others, None)) is None:
                     return False
-                self.cache.release(victim.cache)
-                victim.slots = None
+                self._evict(victim)
             else:
                 return True
 
-    def _has_room(self, session: Session, order: DraftOrder, busy: set[int]) -> bool:
+    def _evict(self, key: SessionKey) -> None:
+        session = self._sessions[key]
+        self.cache.release(session.cache)
+        self._behind.pop(key, None)
+        session.slots = None
+
+    def _has_room(self, session: Session, order: DraftOrder, busy: Set[SessionKey]) -> bool:
         """Whether the draft fits the model's context and the cache, where its entries are then reserved."""
         if len(session.tokens) + order.depth > self.model.config.context_length:
             return False
         entries = len(session.tokens) + self.settings.beam * order.depth + order.nodes
         return self._make_room(order.key, entries, busy)
 
-    def _catch_up(self, sessions: Iterable[Session], left: int) -> None:
-        """Compute tokens chunk by chunk, until at most `left` of each session, of which the last is one, are left."""
-        behind = [session for session in sessions if session.uncomputed > left]
-        while behind:
-            segments: list[Segment] = []
-            for session in behind:
-                start = session.cache.length
-                count = min(self.settings.prefill_chunk, session.uncomputed - 1)
-                segments.append(Segment.chain(session.cache, session.tokens[start : start + count], start))
-                session.cache.length += count
-            self.model.step(segments, [], self.cache)
-            behind = [session for session in behind if session.uncomputed > left]
+    def _caught_up(self, growing: list[tuple[Session, DraftOrder]]) -> list[tuple[Session, DraftOrder]]:
+        """Those whose drafts compute at most `prefill_chunk` tokens of text together, shortest first, and those behind
+        by what a step gives; the text of the others is to be computed ahead.
+        """
+        left = self.settings.prefill_chunk
+        waiting: set[SessionKey] = set()
+        for session, order in sorted(growing, key=lambda entry: entry[0].uncomputed):
+            if session.uncomputed > _GIVEN_BY_A_STEP:
+                left -= session.uncomputed
+            if left < 0:
+                waiting.add(order.key)
+                self._behind[order.key] = len(session.tokens) - 1
+        return [(session, order) for session, order in growing if order.key not in waiting] if waiting else growing
 
     def _settle(self) -> None:
         """Move the KV that accepted tokens keep; before anything is written to the cache."""

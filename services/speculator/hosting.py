@@ -21,8 +21,8 @@ class HostedSpeculator:
     facts: Sequence[ModelFacts]
 
     def answer(self, message: SpeculateRequest) -> SpeculateResponse:
-        """Raises ValueError when the message breaks the protocol."""
-        return self.service.answer(_STREAM, message)
+        """Raises ValueError when the message breaks the protocol. Texts are computed at once: nobody else waits."""
+        return self.service.answer(_STREAM, message, at_once=True)
 
     def restart(self) -> None:
         """Forget every sequence."""

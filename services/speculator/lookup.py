@@ -18,7 +18,7 @@ from speculation.sampling import SamplingParams
 from speculation.suffix_index import MAX_MATCH, SuffixIndex
 from speculation.tree import TokenTree
 
-# Tokens of long prompts that one message may wait for to be indexed: a few milliseconds.
+# Tokens of long prompts that a message may wait for to be indexed: a few milliseconds.
 INDEXED_AT_ONCE = 4096
 # Outputs reach the suffix index in pieces of so many tokens, and with the rest when they end.
 OUTPUT_PIECE = 256
@@ -36,6 +36,11 @@ class LookupSession:
     indexed: int
     selection: ChildSelection | None = None
     draft: LookupDraft | None = None
+
+    @property
+    def behind(self) -> int:
+        """Tokens that are not indexed."""
+        return len(self.tokens) - self.indexed
 
     @property
     def leaves_traces(self) -> bool:
@@ -64,9 +69,9 @@ class LookupSource(ABC):
         self.close(key)
         self._sessions[key] = self._session(list(tokens))
 
-    def prepare(self, keys: Sequence[SessionKey]) -> None:
-        """Index prompts ahead of the first drafts, as far as one message may wait for it."""
-        self._prepare([self._sessions[key] for key in keys])
+    def work_ahead(self) -> bool:
+        """Index a piece of what is new; whether there is more."""
+        return self._index(self._sessions.values())
 
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         """Append accepted tokens, and learn from what was proposed in their place."""
@@ -89,7 +94,7 @@ class LookupSource(ABC):
     def draft(self, orders: Iterable[DraftOrder]) -> dict[SessionKey, TokenTree]:
         """A tree for every order; the root alone where nothing is found."""
         orders = list(orders)
-        self._prepare([self._sessions[order.key] for order in orders])
+        self._index([self._sessions[order.key] for order in orders])
         return {order.key: self._grow(self._sessions[order.key], order) for order in orders}
 
     def _grow(self, session: LookupSession, order: DraftOrder) -> TokenTree:
@@ -104,8 +109,8 @@ class LookupSource(ABC):
         """A new session."""
 
     @abstractmethod
-    def _prepare(self, sessions: Sequence[LookupSession]) -> None:
-        """Before these sessions draft."""
+    def _index(self, sessions: Iterable[LookupSession]) -> bool:
+        """Before these sessions draft, as much as they may wait for; whether there is more."""
 
     @abstractmethod
     def _advanced(self, session: LookupSession) -> None:
@@ -124,14 +129,16 @@ class PromptLookup(LookupSource):
     def _session(self, tokens: list[int]) -> LookupSession:
         return LookupSession(tokens, SuffixIndex(), indexed=0)
 
-    def _prepare(self, sessions: Sequence[LookupSession]) -> None:
-        """Index what is new, the sequences with the least of it first; the rest of a long prompt in the next steps."""
+    def _index(self, sessions: Iterable[LookupSession]) -> bool:
+        """The sequences with the least that is new come first."""
         left = INDEXED_AT_ONCE
-        for session in sorted(sessions, key=lambda session: len(session.tokens) - session.indexed):
+        behind = [session for session in sessions if session.behind]
+        for session in sorted(behind, key=lambda session: session.behind):
             fresh = session.tokens[session.indexed : session.indexed + left]
             session.index.extend(fresh)
             session.indexed += len(fresh)
             left -= len(fresh)
+        return any(session.behind for session in behind)
 
     def _advanced(self, session: LookupSession) -> None:
         pass
@@ -155,15 +162,15 @@ class OutputLookup(LookupSource):
     def _session(self, tokens: list[int]) -> LookupSession:
         return LookupSession(tokens, self.index, indexed=len(tokens))
 
-    def _prepare(self, sessions: Sequence[LookupSession]) -> None:
-        pass
+    def _index(self, sessions: Iterable[LookupSession]) -> bool:
+        return False
 
     def _advanced(self, session: LookupSession) -> None:
-        if len(session.tokens) - session.indexed >= OUTPUT_PIECE:
+        if session.behind >= OUTPUT_PIECE:
             self._add_output(session)
 
     def _closed(self, session: LookupSession) -> None:
-        if len(session.tokens) > session.indexed:
+        if session.behind:
             self._add_output(session)
 
     def _add_output(self, session: LookupSession) -> None:

@@ -1,5 +1,6 @@
 """The speculator's gRPC face. The event loop's own thread drafts: streams take turns, and a change of threads for each
-message would cost as much as a small model's draft. Health calls wait for the draft under way.
+message would cost as much as a small model's draft. Long texts are computed in pieces, between messages; health calls
+wait for the draft or the piece under way.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 SERVICE = "specserve.v1.Speculator"
 # Of an answer; the rest of it has room for tokens and confidences of a hundred thousand nodes.
 DISTRIBUTION_BYTES = MAX_MESSAGE_BYTES - 2 * 2**20
+# Before each piece of text: long enough for a message that has come to be read.
+_PAUSE_S = 0.001
 
 Context = grpc.aio.ServicerContext[speculator_pb2.SpeculateRequest, speculator_pb2.SpeculateResponse]
 
@@ -46,6 +49,7 @@ class Servicer(SpeculatorServicer):
         self._lifecycle = lifecycle
         self._streams = itertools.count(1)
         self._shortened: set[int] = set()  # streams with an order that did not fit
+        self._working: asyncio.Task[None] | None = None  # between the messages
         row_bytes = sum(4 * facts.vocab_size for facts in self._facts)
         self._rows = DISTRIBUTION_BYTES // max(1, row_bytes)
         self._tokenizer = self._facts[0].tokenizer_identity if self._facts else None
@@ -68,6 +72,7 @@ class Servicer(SpeculatorServicer):
         try:
             while isinstance(message := await context.read(), speculator_pb2.SpeculateRequest):
                 await context.write(self._answer(stream, message))
+                self._go_on()
         except ValueError as error:
             raise StatusError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         except asyncio.CancelledError:
@@ -93,6 +98,21 @@ class Servicer(SpeculatorServicer):
         answer = response_to_wire(self._service.answer(stream, replace(request, draft=fitting)))
         answer.work_seconds = time.perf_counter() - started
         return answer
+
+    def _go_on(self) -> None:
+        """What failed between two messages fails the stream that finds it: its verifier opens its sequences anew."""
+        if self._working is not None:
+            if not self._working.done():
+                return
+            working, self._working = self._working, None
+            working.result()
+        self._working = asyncio.create_task(self._work_ahead())
+
+    async def _work_ahead(self) -> None:
+        more = True
+        while more:
+            await asyncio.sleep(_PAUSE_S)
+            more = self._service.work_ahead()
 
     def _check_tokenizer(self, context: Context) -> None:
         """Refuse a verifier of another tokenizer; where no model has one, the first verifier's counts."""

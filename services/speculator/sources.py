@@ -19,8 +19,8 @@ class DraftSource(Protocol):
     def open(self, key: SessionKey, tokens: Sequence[int], prompt_length: int, params: SamplingParams) -> None:
         """Start a session, in place of one of the same key. tokens: prompt and output so far, at least one."""
 
-    def prepare(self, keys: Sequence[SessionKey]) -> None:
-        """Compute now what the first drafts of these open sessions would have to."""
+    def work_ahead(self) -> bool:
+        """Compute a piece of what drafts would have to, as long as others may wait for; whether there is more."""
 
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         """Append what the verifier accepted to an open session."""
@@ -32,4 +32,4 @@ class DraftSource(Protocol):
         """End every session of a stream."""
 
     def draft(self, orders: Iterable[DraftOrder]) -> Mapping[SessionKey, TokenTree]:
-        """At most one tree for each order, whose session is open."""
+        """At most one tree for each order, whose session is open; none where much is left to compute before."""

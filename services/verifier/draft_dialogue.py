@@ -23,7 +23,7 @@ class DraftDialogue:
         """Tells it of sequences that will want drafts soon; None when it knows them all."""
         new = [sequence for sequence in sequences if sequence.id not in self._known]
         self._known.update({sequence.id: len(sequence.tokens) for sequence in new})
-        return SpeculateRequest(open=[_opened(sequence, prepare=True) for sequence in new]) if new else None
+        return SpeculateRequest(open=[_opened(sequence) for sequence in new]) if new else None
 
     def order(self, step: int, orders: Sequence[DraftOrder]) -> SpeculateRequest:
         """Asks for the drafts of a step, and tells what has ended."""
@@ -31,7 +31,7 @@ class DraftDialogue:
         request = SpeculateRequest(step, draft=[_wish(order) for order in orders])
         for sequence in [order.sequence for order in orders]:
             if (known := self._known.get(sequence.id)) is None:
-                request.open.append(_opened(sequence, prepare=False))
+                request.open.append(_opened(sequence))
             elif fresh := sequence.tokens[known:]:
                 request.advance.append(AdvanceSequence(sequence.id, fresh))
             self._known[sequence.id] = len(sequence.tokens)
@@ -85,9 +85,9 @@ class DraftDialogue:
             raise InvalidTree(f"token {largest} is outside the vocabulary 0..{self._vocab_size - 1}")
 
 
-def _opened(sequence: RunningSequence, *, prepare: bool) -> OpenSequence:
+def _opened(sequence: RunningSequence) -> OpenSequence:
     request = sequence.request
-    return OpenSequence(sequence.id, list(sequence.tokens), request.sampling, len(request.prompt), prepare)
+    return OpenSequence(sequence.id, list(sequence.tokens), request.sampling, len(request.prompt))
 
 
 def _wish(order: DraftOrder) -> DraftRequest:

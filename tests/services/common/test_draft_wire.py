@@ -19,7 +19,7 @@ def test_a_request_arrives_as_it_was_sent(selection: ChildSelection) -> None:
         7,
         [AdvanceSequence(1, [2, 3]), AdvanceSequence(2, [4])],
         [2, 5],
-        [OpenSequence(3, [1, 2, 3], params, prompt_length=2, prepare=True)],
+        [OpenSequence(3, [1, 2, 3], params, prompt_length=2)],
         [DraftRequest(1, 6, 3, (2, 1), selection, 0.25, lookup_only=True), DraftRequest(3, 1, 1)],
     )
     sent = speculator_pb2.SpeculateRequest.FromString(request_to_wire(request).SerializeToString())

@@ -50,7 +50,6 @@ class MarkovSource:
         self.stream = stream
         self.sessions: dict[SessionKey, tuple[list[int], SamplingParams]] = {}
         self.orders: list[DraftOrder] = []
-        self.prepared: list[SessionKey] = []
 
     def __contains__(self, key: SessionKey) -> bool:
         return key in self.sessions
@@ -58,9 +57,8 @@ class MarkovSource:
     def open(self, key: SessionKey, tokens: Sequence[int], prompt_length: int, params: SamplingParams) -> None:
         self.sessions[key] = (list(tokens), params)
 
-    def prepare(self, keys: Sequence[SessionKey]) -> None:
-        assert all(key in self.sessions for key in keys)
-        self.prepared += keys
+    def work_ahead(self) -> bool:
+        return False
 
     def advance(self, key: SessionKey, token_ids: Sequence[int]) -> None:
         self.sessions[key][0].extend(token_ids)

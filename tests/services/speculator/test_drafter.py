@@ -40,7 +40,7 @@ def drafter(model: Transformer, sequences: int = 4, **settings: Any) -> Drafter:
         model.config, sequences * longest_sequence_blocks(model.config), model.device, model.activation_dtype
     )
     values: dict[str, Any] = {
-        "prefill_chunk": 64,
+        "prefill_chunk": 1024,
         "beam": 3,
         "min_confidence": 0.0,
         "stream": 1,
@@ -198,44 +198,95 @@ def test_a_draft_is_grown_behind_probable_paths_only(native: bool, model: Transf
         assert len(grown) < len(set(draft_of(chosen, GREEDY, order(), calibration=sharp).parents[1:]))
 
 
-def test_a_prepared_session_has_only_its_root_to_compute(model: Transformer) -> None:
-    prompts = {key: PROMPT * length for key, length in (((1, 1), 1), ((1, 2), 4))}
+def written(drafting: Drafter) -> int:
+    """Entries of the cache that have been computed."""
+    return int((drafting.cache.data.abs().sum(dim=(0, 1, 3, 4)) > 0).sum())
+
+
+def compute_ahead(drafting: Drafter) -> None:
+    for _ in range(1000):
+        if not drafting.work_ahead():
+            return
+    pytest.fail("there is always more to compute")
+
+
+def test_texts_are_computed_ahead_in_pieces(model: Transformer) -> None:
+    prompts = {(1, 1): PROMPT, (1, 2): PROMPT * 4}
     ahead = drafter(model, prefill_chunk=8)
     for key, prompt in prompts.items():
         ahead.open(key, prompt, len(prompt), GREEDY)
-    ahead.prepare(list(prompts))
-    written = ahead.cache.data.abs().sum(dim=(0, 1, 3, 4)) > 0
-    assert int(written.sum()) == sum(len(prompt) - 1 for prompt in prompts.values())
+    whole = sum(len(prompt) - 1 for prompt in prompts.values())
+    assert whole > 2 * 8
+    for done in range(8, whole, 8):
+        assert ahead.work_ahead()
+        assert written(ahead) == done
+    assert not ahead.work_ahead()
+    assert written(ahead) == whole
     trees = ahead.draft([order(1), order(2)])
     assert {key: shape(tree) for key, tree in trees.items()} == {
         key: fresh_draft(model, prompt, GREEDY, order(key[1])) for key, prompt in prompts.items()
     }
 
 
-def test_preparing_leaves_what_others_have_yet_to_move(model: Transformer) -> None:
+def test_computing_ahead_leaves_what_others_have_yet_to_move(model: Transformer) -> None:
     busy = drafter(model)
     busy.open((1, 1), PROMPT, len(PROMPT), GREEDY)
     tree = busy.draft([order(1)])[1, 1]
     path = [tree.token_ids[node] for node in tree.path(len(tree) - 1)]
     busy.advance((1, 1), [*path, 3])
     busy.open((1, 2), PROMPT * 3, 3 * len(PROMPT), GREEDY)
-    busy.prepare([(1, 2)])
+    compute_ahead(busy)
     trees = busy.draft([order(1), order(2)])
     assert shape(trees[1, 1]) == fresh_draft(model, [*PROMPT, *path, 3], GREEDY, order(1))
     assert shape(trees[1, 2]) == fresh_draft(model, PROMPT * 3, GREEDY, order(2))
 
 
-def test_what_has_no_room_is_prepared_with_its_draft(model: Transformer) -> None:
+def test_no_draft_waits_for_long_texts(model: Transformer) -> None:
+    """Of its own sequence or of another; one that is no longer than a piece is computed with its draft."""
+    prompts = {(1, 1): PROMPT * 20, (1, 2): PROMPT * 7, (1, 3): PROMPT, (1, 4): PROMPT * 7}
+    assert len(prompts[1, 2]) < 64 < 2 * len(prompts[1, 2])
+    waiting = drafter(model, prefill_chunk=64)
+    for key, prompt in prompts.items():
+        waiting.open(key, prompt, len(prompt), GREEDY)
+    orders = [order(number) for number in (1, 2, 3, 4)]
+    assert waiting.draft(orders).keys() == {(1, 2), (1, 3)}
+    waiting.advance((1, 1), [5])  # meanwhile the LLM goes on
+    compute_ahead(waiting)
+    before = written(waiting)
+    trees = waiting.draft([order(1), order(4)])
+    assert shape(trees[1, 1]) == fresh_draft(model, [*prompts[1, 1], 5], GREEDY, order(1))
+    assert shape(trees[1, 4]) == fresh_draft(model, prompts[1, 4], GREEDY, order(4))
+    assert written(waiting) - before <= 2 * (1 + 3 * 5) + 1, "each draft computes its tree, and what is new"
+
+
+def test_what_has_no_room_is_computed_when_its_draft_has_made_some(model: Transformer) -> None:
     tight = drafter(model, sequences=1)
     prompt = PROMPT * (CONTEXT // len(PROMPT) - 2)
     for key in ((1, 1), (1, 2)):
         tight.open(key, prompt, len(prompt), GREEDY)
-    tight.prepare([(1, 1), (1, 2)])
-    for sequence in (1, 2):
+    for sequence in (1, 2):  # the second one's draft takes the first one's room
         wanted = order(sequence)
+        tight.draft([wanted])
+        compute_ahead(tight)
         assert shape(tight.draft([wanted])[wanted.key]) == fresh_draft(model, prompt, GREEDY, wanted)
     tight.open((1, 3), PROMPT * CONTEXT, len(PROMPT), GREEDY)
-    tight.prepare([(1, 3)])  # longer than the model's context: nothing to do
+    assert not tight.work_ahead(), "it is longer than the model's context"
+
+
+def test_what_lost_its_room_is_not_computed(model: Transformer) -> None:
+    """Until it is wanted again."""
+    tight = drafter(model, sequences=1, prefill_chunk=8)
+    long = PROMPT * (CONTEXT // len(PROMPT) - 2)
+    for key in ((1, 1), (1, 2)):
+        tight.open(key, long, len(long), GREEDY)
+    assert tight.work_ahead()
+    assert tight.draft([order(2)]) == {}, "its text comes first, in the room that the other one had"
+    compute_ahead(tight)
+    assert tight.draft([order(2)]).keys() == {(1, 2)}
+    assert tight.draft([order(1)]) == {}
+    assert tight.work_ahead()
+    tight.close((1, 1))
+    assert not tight.work_ahead()
 
 
 def test_a_whole_accepted_path_leaves_the_next_root_uncomputed(model: Transformer) -> None:

@@ -36,7 +36,7 @@ def drafter(model: Transformer, capture: Capture | None, sequences: int = 8, **s
     blocks = sequences * longest_sequence_blocks(model.config)
     cache = KVCache(model.config, blocks, model.device, model.activation_dtype)
     values: dict[str, Any] = {"beam": 3, "min_confidence": 0.002, "calibration": Calibration(0.5, 0.5)} | settings
-    return Drafter("ssm", model, cache, DrafterSettings(prefill_chunk=64, stream=1, **values), capture)
+    return Drafter("ssm", model, cache, DrafterSettings(prefill_chunk=1024, stream=1, **values), capture)
 
 
 def order(sequence: int, **fields: Any) -> DraftOrder:
