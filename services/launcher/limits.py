@@ -26,7 +26,7 @@ class Limits:
     restart_window_s: float = 120.0
     # Adds little to the 24 s below, and is long beside what a question costs.
     alive_pause_s: float = 3.0
-    # An answer waits while Python is busy: a speculator drafts, and reads whole prompts, on the thread that answers.
+    # An answer waits while Python is busy: a speculator drafts, and reads prompts by pieces, on the answering thread.
     alive_timeout_s: float = 8.0
     # 24 s without a sign of life, and with the pause less than 30: the gateway takes 10 to 15 s to see that a verifier
     # hangs, and then waits 30 s for it (resume_timeout_s), so that its streams survive a restart of some 10 s.

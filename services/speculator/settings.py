@@ -57,7 +57,7 @@ class SpeculatorSettings(ServiceSettings):
     max_sequences: int = setting(
         "Sequences whose KV each model keeps; older ones are computed again.", default=64, minimum=1
     )
-    prefill_chunk: int = setting("Tokens of one sequence in one forward pass.", default=512, minimum=1)
+    prefill_chunk: int = setting("Prompt tokens in one forward pass: drafts wait for one.", default=512, minimum=1)
     beam: int | None = setting(
         f"Nodes that best-first growth expands at each depth; without this setting {CPU_BEAM} on a CPU and {GPU_BEAM} "
         "on a GPU.",

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 2.0
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 10.0
-# A speculator that has not answered for so long is taken for hung; until then it may be computing a long prompt.
+# A speculator that has not answered for so long is taken for hung; until then it may be slow, or have others to answer.
 HUNG_AFTER_S = 10.0
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import speculator_pb2, tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
@@ -14,6 +19,7 @@ from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.tls import INSECURE
 from services.common.tree_wire import sampling_to_wire
+from services.speculator.drafter import Drafter
 from speculation.calibration import CALIBRATION_FILE, Calibration
 from speculation.sampling import SamplingParams
 from tests.services.harness import Services, services
@@ -80,6 +86,80 @@ def test_sampled_trees_leave_out_what_would_not_fit_a_message(
     assert [record.message for record in caplog.records if "left out" in record.message] == [
         "sampled trees made smaller or left out; their distributions exceed a message"
     ], "once for the stream"
+
+
+def opening(step: int, sequence_id: int, tokens: list[int]) -> speculator_pb2.SpeculateRequest:
+    message = speculator_pb2.SpeculateRequest(step=step)
+    message.open.add(
+        sequence_id=sequence_id, token_ids=tokens, prompt_length=len(tokens), sampling=sampling_to_wire(GREEDY)
+    )
+    return message
+
+
+def asking(message: speculator_pb2.SpeculateRequest, *sequence_ids: int) -> speculator_pb2.SpeculateRequest:
+    for sequence_id in sequence_ids:
+        message.draft.add(
+            sequence_id=sequence_id, max_nodes=4, max_depth=2, selection=speculator_pb2.CHILD_SELECTION_TOP
+        )
+    return message
+
+
+def drafted(response: speculator_pb2.SpeculateResponse) -> dict[int, list[int]]:
+    return {draft.sequence_id: list(draft.trees[0].token_ids) for draft in response.drafts if draft.trees}
+
+
+def test_messages_are_answered_while_a_long_text_is_computed(
+    tmp_path: Path, running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.speculator.server._PAUSE_S", 0.02)  # before each of 99 pieces
+    folder, long = write_model(tmp_path / "ssm"), PROMPT * 20
+    address = running.speculator(folder, prefill_chunk=1, prompt_lookup=False)
+    with channel(address, INSECURE) as connection:
+
+        def messages() -> Iterator[speculator_pb2.SpeculateRequest]:
+            yield opening(1, 1, long)
+            yield asking(opening(2, 2, PROMPT), 1, 2)
+            for step in range(3, 1000):
+                time.sleep(0.05)
+                yield asking(speculator_pb2.SpeculateRequest(step=step), 1)
+
+        responses = SpeculatorStub(connection).Speculate(messages(), timeout=TIMEOUT_S)
+        assert drafted(next(responses)) == {}
+        health: Any = health_pb2_grpc.HealthStub(connection)  # its type stub lacks the calls
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert drafted(next(responses)).keys() == {2}
+        late = next(found for response in responses if (found := drafted(response)))
+        responses.cancel()
+    with channel(running.speculator(folder, prompt_lookup=False), INSECURE) as connection:
+        alone = next(SpeculatorStub(connection).Speculate(iter([asking(opening(1, 1, long), 1)]), timeout=TIMEOUT_S))
+    assert late == drafted(alone)
+
+
+def test_what_fails_between_messages_fails_the_stream_that_finds_it(
+    tmp_path: Path, running: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = running.speculator(write_model(tmp_path / "ssm"), prompt_lookup=False)
+    failing = threading.Event()
+
+    def fail(_: Drafter) -> bool:
+        failing.set()
+        raise MemoryError("no room for activations")
+
+    with channel(address, INSECURE) as connection:
+
+        def messages() -> Iterator[speculator_pb2.SpeculateRequest]:
+            yield opening(1, 1, PROMPT)
+            assert failing.wait(TIMEOUT_S)
+            for step in range(2, 1000):  # the failure is found behind an answer
+                yield asking(speculator_pb2.SpeculateRequest(step=step), 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Drafter, "work_ahead", fail)
+            with pytest.raises(grpc.RpcError, match="INTERNAL"):
+                list(SpeculatorStub(connection).Speculate(messages(), timeout=TIMEOUT_S))
+        again = next(SpeculatorStub(connection).Speculate(iter([asking(opening(1, 1, PROMPT), 1)]), timeout=TIMEOUT_S))
+    assert drafted(again).keys() == {1}
 
 
 def test_a_broken_calibration_stops_the_start(tmp_path: Path, running: Services) -> None:
