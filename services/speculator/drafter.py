@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
 
+import torch
+
 from kernels.draft_loop.native import ChildRule
 from runtime.batch import Segment
 from runtime.kv_cache import CachedSequence, CacheFull, KVCache, slot
@@ -90,6 +92,8 @@ class Drafter:
         if chunks:
             self._settle()
             self.model.step([Segment.chain(cache, tokens, cache.length) for cache, tokens in chunks], [], self.cache)
+            if self.model.device.type == "cuda":  # pieces that are only queued would hold up the next draft all the same
+                torch.cuda.synchronize(self.model.device)
         for cache, tokens in chunks:
             cache.length += len(tokens)
         return bool(self._behind)
