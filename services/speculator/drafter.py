@@ -92,7 +92,7 @@ class Drafter:
         if chunks:
             self._settle()
             self.model.step([Segment.chain(cache, tokens, cache.length) for cache, tokens in chunks], [], self.cache)
-            if self.model.device.type == "cuda":  # pieces that are only queued would hold up the next draft all the same
+            if self.model.device.type == "cuda":  # what is only queued would hold the next draft up
                 torch.cuda.synchronize(self.model.device)
         for cache, tokens in chunks:
             cache.length += len(tokens)
