@@ -111,7 +111,7 @@ def drafted(response: speculator_pb2.SpeculateResponse) -> dict[int, list[int]]:
 def test_messages_are_answered_while_a_long_text_is_computed(
     tmp_path: Path, running: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.speculator.server._PAUSE_S", 0.02)  # before each of 99 pieces
+    monkeypatch.setattr("services.speculator.server._PAUSE_S", 0.04)  # before each of 99 pieces
     folder, long = write_model(tmp_path / "ssm"), PROMPT * 20
     address = running.speculator(folder, prefill_chunk=1, prompt_lookup=False)
     with channel(address, INSECURE) as connection:
