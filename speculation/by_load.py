@@ -1,4 +1,4 @@
-"""Things that are told apart by load: by the power of two that the number of decoding sequences lies below."""
+"""Things that are told apart by load: by the power of two that the number of decoding sequences is nearest to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ _State = TypeVar("_State")
 
 
 def load_of(sequences: int) -> int:
-    """The range of loads that so many decoding sequences are in."""
-    return sequences.bit_length()
+    """The range of loads that so many decoding sequences, 0 or more, are in: 1 + round(log2(sequences)), 0 for none.
+
+    Ranges are about the powers of two: servers and their users like these numbers, and of so many sequences one or two
+    are always between two requests.
+    """
+    return ((2 * sequences * sequences).bit_length() + 1) // 2  # round(log2 n) = floor(log2(2 n^2) / 2)
 
 
 class ByLoad(Generic[_T]):

@@ -10,7 +10,7 @@ from typing import Any
 from services.verifier.kept_file import KeptFile
 from services.verifier.measured_budget import MeasuredBudget
 
-VERSION = 5
+VERSION = 6
 EVERY_S = 60.0
 # What is kept counts so much as if it had just been measured: the machine may have changed, which is noticed soon.
 SHARE = 0.25

@@ -30,8 +30,8 @@ from speculation.tree import TokenTree
 
 # Every so many drafted steps one verifies all that was asked for one sequence, or its largest tree.
 _UNPRUNED_EVERY, _LARGEST_EVERY = 16, 64
-# Drafting begins at a load that has lasted for so many steps without prompts. Where one of 8 streams ends, 7 decode for
-# a step or two until the next one comes: a draft there alone costs more than it brings, since it slows the plain steps
+# Drafting begins at a load that has lasted for so many steps without prompts. Where some of 8 streams end, 5 decode for
+# a step or two until the next ones come: a draft there alone costs more than it brings, since it slows the plain steps
 # behind it.
 _STEADY_STEPS = 8
 # The first steps of a process take up to three times as long as later ones: believed, they would spoil what is known of
