@@ -133,7 +133,7 @@ def test_the_cache_of_a_rank_holds_its_layers_and_kv_heads(case: Any, ranks: Any
 
 
 def test_the_memory_for_weights_shrinks_with_the_ranks(tmp_path: Path) -> None:
-    """Of the processes, with the weights packed for their kernels: some 300 MB, of which other things are 20 at times."""
+    """Of the processes, with weights packed for their kernels, some 300 MB: other things vary by 20."""
     large: dict[str, Any] = {
         "hidden_size": 512,
         "intermediate_size": 1536,
