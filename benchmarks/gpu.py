@@ -284,19 +284,22 @@ def page(repeats: int, peers: Sequence[str], ssm: str, command: str) -> str:
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Steps of each figure; the median counts.")] = 50,
-    peer: Annotated[list[str], typer.Option(help=f"Peers: {', '.join(PEERS)}; repeatable.")] = list(PEERS),  # noqa: B006  # typer copies it
+    peer: Annotated[
+        list[str] | None, typer.Option(help=f"{', or '.join(PEERS)}; repeatable. Both where none is named.")
+    ] = None,
     ssm: Annotated[str, typer.Option(help="Small model that drafts: a folder or a hub id.")] = EMBEDDED_SSMS[0],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("benchmarks/results/gpu.md"),
 ) -> None:
     """Measures on a CUDA device and writes the page."""
-    if strangers := [name for name in peer if name not in PEERS]:
+    peers = peer or list(PEERS)
+    if strangers := [name for name in peers if name not in PEERS]:
         raise typer.BadParameter(f"{strangers[0]!r}; the peers are {', '.join(PEERS)}")
     if not torch.cuda.is_available():
         print("no CUDA device is there; this benchmark measures nothing without one", file=sys.stderr)
         raise typer.Exit(1)
     torch.manual_seed(0)
     with torch.inference_mode():
-        text = page(repeats, peer, ssm, shown_command("benchmarks.gpu", sys.argv[1:]))
+        text = page(repeats, peers, ssm, shown_command("benchmarks.gpu", sys.argv[1:]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
     print(text)
