@@ -25,29 +25,27 @@ _sym_db = _symbol_database.Default()
 from protos import tree_pb2 as protos_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/speculator.proto\x12\x0cspecserve.v1\x1a\x11protos/tree.proto\"6\n\x0b\x44raftModels\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.specserve.v1.ModelInfo\"\xb4\x01\n\x10SpeculateRequest\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12.\n\x07\x61\x64vance\x18\x02 \x03(\x0b\x32\x1d.specserve.v1.AdvanceSequence\x12\r\n\x05\x63lose\x18\x03 \x03(\x04\x12(\n\x04open\x18\x04 \x03(\x0b\x32\x1a.specserve.v1.OpenSequence\x12)\n\x05\x64raft\x18\x05 \x03(\x0b\x32\x1a.specserve.v1.DraftRequest\"}\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.specserve.v1.SamplingParams\x12\x15\n\rprompt_length\x18\x04 \x01(\r\"9\n\x0f\x41\x64vanceSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xb7\x01\n\x0c\x44raftRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\tmax_nodes\x18\x02 \x01(\r\x12\x11\n\tmax_depth\x18\x03 \x01(\r\x12\x0e\n\x06widths\x18\x04 \x03(\r\x12/\n\tselection\x18\x05 \x01(\x0e\x32\x1c.specserve.v1.ChildSelection\x12\x16\n\x0emin_confidence\x18\x06 \x01(\x02\x12\x13\n\x0blookup_only\x18\x07 \x01(\x08\"z\n\x11SpeculateResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12#\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x13.specserve.v1.Draft\x12\x1c\n\x14unknown_sequence_ids\x18\x03 \x03(\x04\x12\x14\n\x0cwork_seconds\x18\x04 \x01(\x02\"D\n\x05\x44raft\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12&\n\x05trees\x18\x02 \x03(\x0b\x32\x17.specserve.v1.TokenTree*\x89\x01\n\x0e\x43hildSelection\x12\x1f\n\x1b\x43HILD_SELECTION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HILD_SELECTION_TOP\x10\x01\x12 \n\x1c\x43HILD_SELECTION_SHARED_NOISE\x10\x02\x12\x1b\n\x17\x43HILD_SELECTION_SAMPLED\x10\x03\x32\xa7\x01\n\nSpeculator\x12G\n\nListModels\x12\x1e.specserve.v1.ModelInfoRequest\x1a\x19.specserve.v1.DraftModels\x12P\n\tSpeculate\x12\x1e.specserve.v1.SpeculateRequest\x1a\x1f.specserve.v1.SpeculateResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/speculator.proto\x12\x0cspecserve.v1\x1a\x11protos/tree.proto\"6\n\x0b\x44raftModels\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.specserve.v1.ModelInfo\"\xc2\x01\n\x10SpeculateRequest\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12/\n\x07\x61\x64vance\x18\x06 \x01(\x0b\x32\x1e.specserve.v1.AdvanceSequences\x12\r\n\x05\x63lose\x18\x03 \x03(\x04\x12(\n\x04open\x18\x04 \x03(\x0b\x32\x1a.specserve.v1.OpenSequence\x12*\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x1b.specserve.v1.DraftRequestsJ\x04\x08\x02\x10\x03J\x04\x08\x05\x10\x06\"}\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.specserve.v1.SamplingParams\x12\x15\n\rprompt_length\x18\x04 \x01(\r\"Q\n\x10\x41\x64vanceSequences\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\x12\x14\n\x0ctoken_counts\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xd2\x01\n\rDraftRequests\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\x12\x11\n\tmax_nodes\x18\x02 \x03(\r\x12\x12\n\nmax_depths\x18\x03 \x03(\r\x12\x30\n\nselections\x18\x04 \x03(\x0e\x32\x1c.specserve.v1.ChildSelection\x12\x17\n\x0fmin_confidences\x18\x05 \x03(\x02\x12\x13\n\x0blookup_only\x18\x06 \x03(\x08\x12\x14\n\x0cwidth_counts\x18\x07 \x03(\r\x12\x0e\n\x06widths\x18\x08 \x03(\r\"\x9a\x01\n\x11SpeculateResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x1c\n\x14unknown_sequence_ids\x18\x03 \x03(\x04\x12\x14\n\x0cwork_seconds\x18\x04 \x01(\x02\x12\x14\n\x0csequence_ids\x18\x05 \x03(\x04\x12\'\n\x05trees\x18\x06 \x01(\x0b\x32\x18.specserve.v1.TokenTreesJ\x04\x08\x02\x10\x03*\x89\x01\n\x0e\x43hildSelection\x12\x1f\n\x1b\x43HILD_SELECTION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HILD_SELECTION_TOP\x10\x01\x12 \n\x1c\x43HILD_SELECTION_SHARED_NOISE\x10\x02\x12\x1b\n\x17\x43HILD_SELECTION_SAMPLED\x10\x03\x32\xa7\x01\n\nSpeculator\x12G\n\nListModels\x12\x1e.specserve.v1.ModelInfoRequest\x1a\x19.specserve.v1.DraftModels\x12P\n\tSpeculate\x12\x1e.specserve.v1.SpeculateRequest\x1a\x1f.specserve.v1.SpeculateResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.speculator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHILDSELECTION']._serialized_start=866
-  _globals['_CHILDSELECTION']._serialized_end=1003
+  _globals['_CHILDSELECTION']._serialized_start=894
+  _globals['_CHILDSELECTION']._serialized_end=1031
   _globals['_DRAFTMODELS']._serialized_start=60
   _globals['_DRAFTMODELS']._serialized_end=114
   _globals['_SPECULATEREQUEST']._serialized_start=117
-  _globals['_SPECULATEREQUEST']._serialized_end=297
-  _globals['_OPENSEQUENCE']._serialized_start=299
-  _globals['_OPENSEQUENCE']._serialized_end=424
-  _globals['_ADVANCESEQUENCE']._serialized_start=426
-  _globals['_ADVANCESEQUENCE']._serialized_end=483
-  _globals['_DRAFTREQUEST']._serialized_start=486
-  _globals['_DRAFTREQUEST']._serialized_end=669
-  _globals['_SPECULATERESPONSE']._serialized_start=671
-  _globals['_SPECULATERESPONSE']._serialized_end=793
-  _globals['_DRAFT']._serialized_start=795
-  _globals['_DRAFT']._serialized_end=863
-  _globals['_SPECULATOR']._serialized_start=1006
-  _globals['_SPECULATOR']._serialized_end=1173
+  _globals['_SPECULATEREQUEST']._serialized_end=311
+  _globals['_OPENSEQUENCE']._serialized_start=313
+  _globals['_OPENSEQUENCE']._serialized_end=438
+  _globals['_ADVANCESEQUENCES']._serialized_start=440
+  _globals['_ADVANCESEQUENCES']._serialized_end=521
+  _globals['_DRAFTREQUESTS']._serialized_start=524
+  _globals['_DRAFTREQUESTS']._serialized_end=734
+  _globals['_SPECULATERESPONSE']._serialized_start=737
+  _globals['_SPECULATERESPONSE']._serialized_end=891
+  _globals['_SPECULATOR']._serialized_start=1034
+  _globals['_SPECULATOR']._serialized_end=1201
 # @@protoc_insertion_point(module_scope)

@@ -68,7 +68,9 @@ Global___DraftModels: _TypeAlias = DraftModels  # noqa: Y015
 
 @_typing.final
 class SpeculateRequest(_message.Message):
-    """Applied in the order of the fields."""
+    """Applied in the order advance, close, open, draft. What each step says of many sequences stands in columns: entry i of
+    every list of a message is about its sequence_ids[i].
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -80,7 +82,7 @@ class SpeculateRequest(_message.Message):
     step: _builtins.int
     """Repeated in the response, so that a late response is recognised."""
     @_builtins.property
-    def advance(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdvanceSequence]: ...
+    def advance(self) -> Global___AdvanceSequences: ...
     @_builtins.property
     def close(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequences to forget. Unknown ones are ignored."""
@@ -88,17 +90,17 @@ class SpeculateRequest(_message.Message):
     @_builtins.property
     def open(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenSequence]: ...
     @_builtins.property
-    def draft(self) -> _containers.RepeatedCompositeFieldContainer[Global___DraftRequest]: ...
+    def draft(self) -> Global___DraftRequests: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
-        advance: _abc.Iterable[Global___AdvanceSequence] | None = ...,
+        advance: Global___AdvanceSequences | None = ...,
         close: _abc.Iterable[_builtins.int] | None = ...,
         open: _abc.Iterable[Global___OpenSequence] | None = ...,
-        draft: _abc.Iterable[Global___DraftRequest] | None = ...,
+        draft: Global___DraftRequests | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advance", b"advance", "draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["advance", b"advance", "close", b"close", "draft", b"draft", "open", b"open", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -142,129 +144,132 @@ class OpenSequence(_message.Message):
 Global___OpenSequence: _TypeAlias = OpenSequence  # noqa: Y015
 
 @_typing.final
-class AdvanceSequence(_message.Message):
+class AdvanceSequences(_message.Message):
+    """Tokens that the verifier accepted since the last message."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNTS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.int
+    @_builtins.property
+    def sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def token_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that the verifier accepted since the last message."""
+        """Those of each sequence, one sequence behind the other."""
 
     def __init__(
         self,
         *,
-        sequence_id: _builtins.int = ...,
+        sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_counts: _abc.Iterable[_builtins.int] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_ids", b"sequence_ids", "token_counts", b"token_counts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AdvanceSequence: _TypeAlias = AdvanceSequence  # noqa: Y015
+Global___AdvanceSequences: _TypeAlias = AdvanceSequences  # noqa: Y015
 
 @_typing.final
-class DraftRequest(_message.Message):
+class DraftRequests(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
     MAX_NODES_FIELD_NUMBER: _builtins.int
-    MAX_DEPTH_FIELD_NUMBER: _builtins.int
-    WIDTHS_FIELD_NUMBER: _builtins.int
-    SELECTION_FIELD_NUMBER: _builtins.int
-    MIN_CONFIDENCE_FIELD_NUMBER: _builtins.int
+    MAX_DEPTHS_FIELD_NUMBER: _builtins.int
+    SELECTIONS_FIELD_NUMBER: _builtins.int
+    MIN_CONFIDENCES_FIELD_NUMBER: _builtins.int
     LOOKUP_ONLY_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.int
-    max_nodes: _builtins.int
-    """Upper bounds of each tree, the root not counted. Of sampled trees all together keep max_nodes times the number of
-    models.
-    """
-    max_depth: _builtins.int
-    selection: Global___ChildSelection.ValueType
-    min_confidence: _builtins.float
-    """Small models need not go on behind a node that is less probable than this; their own bound holds too."""
-    lookup_only: _builtins.bool
-    """Draft by look-up alone: the small models are left out."""
+    WIDTH_COUNTS_FIELD_NUMBER: _builtins.int
+    WIDTHS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Static expansion: children of each node by depth. Empty: best-first growth on the model's own probabilities."""
+    def sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def max_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Upper bounds of each tree, the root not counted. Of sampled trees all together keep max_nodes times the number of
+        models.
+        """
 
+    @_builtins.property
+    def max_depths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def selections(self) -> _containers.RepeatedScalarFieldContainer[Global___ChildSelection.ValueType]: ...
+    @_builtins.property
+    def min_confidences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Small models need not go on behind a node that is less probable than this; their own bound holds too."""
+
+    @_builtins.property
+    def lookup_only(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Draft by look-up alone: the small models are left out."""
+
+    @_builtins.property
+    def width_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Static expansion: children of each node by depth, those of each sequence, one sequence behind the other. None:
+        best-first growth on the model's own probabilities.
+        """
+
+    @_builtins.property
+    def widths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
-        sequence_id: _builtins.int = ...,
-        max_nodes: _builtins.int = ...,
-        max_depth: _builtins.int = ...,
+        sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
+        max_nodes: _abc.Iterable[_builtins.int] | None = ...,
+        max_depths: _abc.Iterable[_builtins.int] | None = ...,
+        selections: _abc.Iterable[Global___ChildSelection.ValueType] | None = ...,
+        min_confidences: _abc.Iterable[_builtins.float] | None = ...,
+        lookup_only: _abc.Iterable[_builtins.bool] | None = ...,
+        width_counts: _abc.Iterable[_builtins.int] | None = ...,
         widths: _abc.Iterable[_builtins.int] | None = ...,
-        selection: Global___ChildSelection.ValueType = ...,
-        min_confidence: _builtins.float = ...,
-        lookup_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lookup_only", b"lookup_only", "max_depth", b"max_depth", "max_nodes", b"max_nodes", "min_confidence", b"min_confidence", "selection", b"selection", "sequence_id", b"sequence_id", "widths", b"widths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lookup_only", b"lookup_only", "max_depths", b"max_depths", "max_nodes", b"max_nodes", "min_confidences", b"min_confidences", "selections", b"selections", "sequence_ids", b"sequence_ids", "width_counts", b"width_counts", "widths", b"widths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DraftRequest: _TypeAlias = DraftRequest  # noqa: Y015
+Global___DraftRequests: _TypeAlias = DraftRequests  # noqa: Y015
 
 @_typing.final
 class SpeculateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
-    DRAFTS_FIELD_NUMBER: _builtins.int
     UNKNOWN_SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
     WORK_SECONDS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
+    TREES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     work_seconds: _builtins.float
     """How long the speculator worked on the request."""
     @_builtins.property
-    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]: ...
-    @_builtins.property
     def unknown_sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequences in advance or draft that this stream has not opened."""
 
+    @_builtins.property
+    def sequence_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The sequence of each tree; each has at most one tree of each small model and each kind of look-up."""
+
+    @_builtins.property
+    def trees(self) -> _tree_pb2.TokenTrees: ...
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
-        drafts: _abc.Iterable[Global___Draft] | None = ...,
         unknown_sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
         work_seconds: _builtins.float = ...,
+        sequence_ids: _abc.Iterable[_builtins.int] | None = ...,
+        trees: _tree_pb2.TokenTrees | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trees", b"trees"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "step", b"step", "unknown_sequence_ids", b"unknown_sequence_ids", "work_seconds", b"work_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_ids", b"sequence_ids", "step", b"step", "trees", b"trees", "unknown_sequence_ids", b"unknown_sequence_ids", "work_seconds", b"work_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SpeculateResponse: _TypeAlias = SpeculateResponse  # noqa: Y015
-
-@_typing.final
-class Draft(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-    TREES_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.int
-    @_builtins.property
-    def trees(self) -> _containers.RepeatedCompositeFieldContainer[_tree_pb2.TokenTree]:
-        """At most one tree for each small model and each kind of look-up."""
-
-    def __init__(
-        self,
-        *,
-        sequence_id: _builtins.int = ...,
-        trees: _abc.Iterable[_tree_pb2.TokenTree] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id", "trees", b"trees"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Draft: _TypeAlias = Draft  # noqa: Y015

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/tree.proto\x12\x0cspecserve.v1\"\x82\x01\n\tTokenTree\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07parents\x18\x02 \x03(\x11\x12\x15\n\rsampled_nodes\x18\x03 \x03(\r\x12\x15\n\rdistributions\x18\x04 \x01(\x0c\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x13\n\x0b\x63onfidences\x18\x06 \x03(\x02\"\xa4\x02\n\x0eSamplingParams\x12?\n\nlogit_bias\x18\x01 \x03(\x0b\x32+.specserve.v1.SamplingParams.LogitBiasEntry\x12\x1a\n\x12repetition_penalty\x18\x02 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x03 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x04 \x01(\x02\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\r\n\x05top_p\x18\x07 \x01(\x02\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\x12\n\x10ModelInfoRequest\"\xb9\x01\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0f\n\x07kernels\x18\x08 \x01(\t\x12\x12\n\nparameters\x18\t \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/tree.proto\x12\x0cspecserve.v1\"\xa6\x01\n\nTokenTrees\x12\r\n\x05sizes\x18\x01 \x03(\r\x12\x0f\n\x07sources\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0f\n\x07parents\x18\x04 \x03(\x11\x12\x11\n\testimated\x18\x05 \x03(\x08\x12\x13\n\x0b\x63onfidences\x18\x06 \x03(\x02\x12\x15\n\rsampled_nodes\x18\x07 \x03(\r\x12\x15\n\rdistributions\x18\x08 \x01(\x0c\"\xa4\x02\n\x0eSamplingParams\x12?\n\nlogit_bias\x18\x01 \x03(\x0b\x32+.specserve.v1.SamplingParams.LogitBiasEntry\x12\x1a\n\x12repetition_penalty\x18\x02 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x03 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x04 \x01(\x02\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\r\n\x05top_p\x18\x07 \x01(\x02\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\x12\n\x10ModelInfoRequest\"\xb9\x01\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0f\n\x07kernels\x18\x08 \x01(\t\x12\x12\n\nparameters\x18\t \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_TOKENTREE']._serialized_start=36
-  _globals['_TOKENTREE']._serialized_end=166
-  _globals['_SAMPLINGPARAMS']._serialized_start=169
-  _globals['_SAMPLINGPARAMS']._serialized_end=461
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=413
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=461
-  _globals['_MODELINFOREQUEST']._serialized_start=463
-  _globals['_MODELINFOREQUEST']._serialized_end=481
-  _globals['_MODELINFO']._serialized_start=484
-  _globals['_MODELINFO']._serialized_end=669
+  _globals['_TOKENTREES']._serialized_start=36
+  _globals['_TOKENTREES']._serialized_end=202
+  _globals['_SAMPLINGPARAMS']._serialized_start=205
+  _globals['_SAMPLINGPARAMS']._serialized_end=497
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=449
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=497
+  _globals['_MODELINFOREQUEST']._serialized_start=499
+  _globals['_MODELINFOREQUEST']._serialized_end=517
+  _globals['_MODELINFO']._serialized_start=520
+  _globals['_MODELINFO']._serialized_end=705
 # @@protoc_insertion_point(module_scope)

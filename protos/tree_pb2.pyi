@@ -19,59 +19,77 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class TokenTree(_message.Message):
-    """A tree of candidate tokens behind a sequence. Node 0 is the root: the last token that the sequence already has."""
+class TokenTrees(_message.Message):
+    """Trees of candidate tokens, each behind a sequence, as columns: what belongs to one tree stands together, tree behind tree.
+    A step has many small trees, and a message for each would take longer to read than to use. Node 0 of a tree is the root:
+    the last token that the sequence already has.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SIZES_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
+    ESTIMATED_FIELD_NUMBER: _builtins.int
+    CONFIDENCES_FIELD_NUMBER: _builtins.int
     SAMPLED_NODES_FIELD_NUMBER: _builtins.int
     DISTRIBUTIONS_FIELD_NUMBER: _builtins.int
-    SOURCE_FIELD_NUMBER: _builtins.int
-    CONFIDENCES_FIELD_NUMBER: _builtins.int
     distributions: _builtins.bytes
-    source: _builtins.str
-    """Name of the draft source that made the tree; labels the acceptance metrics."""
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Nodes of each tree, at least one."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Name of the draft source that made each tree; labels the acceptance metrics."""
+
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token of each node. token_ids[0] repeats the sequence's last token, so that a draft for another state is noticed."""
+        """Token of each node. The root's repeats the sequence's last token, so that a draft for another state is noticed."""
 
     @_builtins.property
     def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Parent of each node: parents[0] = -1 and 0 <= parents[i] < i. Children of a node are in the order of the draft:
-        most likely first, or, for multi-step speculative sampling, in the order in which they were drawn.
+        """Parent of each node, by its number in the tree: -1 for the root and 0 <= parent < node for all others. Children of a
+        node are in the order of the draft: most likely first, or, for multi-step speculative sampling, in the order in
+        which they were drawn.
         """
 
     @_builtins.property
-    def sampled_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only for multi-step speculative sampling: the nodes whose children were sampled, and the distributions that they
-        were sampled from, float32 little-endian [sampled_nodes, vocabulary], row for row.
-        """
+    def estimated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Whether each tree has confidences."""
 
     @_builtins.property
     def confidences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Natural log of the draft's estimate of the probability that each node is accepted: 0 for the root, and never above
-        the parent's. Empty when the draft makes no estimate. Steers which nodes of several trees are kept.
+        the parent's. Of the trees that have them. They steer which nodes of several trees are kept.
+        """
+
+    @_builtins.property
+    def sampled_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only for multi-step speculative sampling: the nodes whose children were sampled, by their place among the nodes of all
+        trees, rising, and the distributions that these were sampled from, float32 little-endian [sampled_nodes, vocabulary].
         """
 
     def __init__(
         self,
         *,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         parents: _abc.Iterable[_builtins.int] | None = ...,
+        estimated: _abc.Iterable[_builtins.bool] | None = ...,
+        confidences: _abc.Iterable[_builtins.float] | None = ...,
         sampled_nodes: _abc.Iterable[_builtins.int] | None = ...,
         distributions: _builtins.bytes = ...,
-        source: _builtins.str = ...,
-        confidences: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidences", b"confidences", "distributions", b"distributions", "parents", b"parents", "sampled_nodes", b"sampled_nodes", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidences", b"confidences", "distributions", b"distributions", "estimated", b"estimated", "parents", b"parents", "sampled_nodes", b"sampled_nodes", "sizes", b"sizes", "sources", b"sources", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TokenTree: _TypeAlias = TokenTree  # noqa: Y015
+Global___TokenTrees: _TypeAlias = TokenTrees  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):

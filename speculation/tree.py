@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -46,24 +47,13 @@ class TokenTree:
     confidences: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        size, parents = len(self.token_ids), self.parents
-        sound = (
-            1 <= size <= MAX_NODES
-            and len(parents) == size
-            and parents[0] == -1 == min(parents)
-            and parents.count(-1) == 1
-            and all(map(operator.lt, parents, range(size)))
-            and len(set(zip(parents, self.token_ids, strict=True))) == size
-        )
-        if not sound:
+        if not are_sound((len(self.token_ids),), self.token_ids, self.parents, self.confidences):
             raise InvalidTree(self._unsoundness())
-        if self.distributions and (strangers := [node for node in self.distributions if not 0 <= node < size]):
-            raise InvalidTree(f"distributions for nodes {strangers} of a tree of {size}")
-        if self.confidences:
-            self._check_confidences()
+        if self.distributions and (strangers := [node for node in self.distributions if not 0 <= node < len(self)]):
+            raise InvalidTree(f"distributions for nodes {strangers} of a tree of {len(self)}")
 
     def _unsoundness(self) -> str:
-        """What is wrong with the nodes of an unsound tree."""
+        """What is wrong with an unsound tree."""
         size = len(self.token_ids)
         if size != len(self.parents):
             return f"{size} tokens but {len(self.parents)} parents"
@@ -75,24 +65,24 @@ class TokenTree:
             if not 0 <= parent < node:
                 return f"node {node} has parent {parent}; it must be in 0..{node - 1}"
         edges = list(zip(self.parents, self.token_ids, strict=True))
-        node = next(node for node, edge in enumerate(edges) if edge in edges[:node])
-        return f"node {node} repeats token {edges[node][1]} below node {edges[node][0]}"
+        for node, edge in enumerate(edges):
+            if edge in edges[:node]:
+                return f"node {node} repeats token {edge[1]} below node {edge[0]}"
+        return self._confidence_unsoundness() or "it breaks an invariant"
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def _check_confidences(self) -> None:
+    def _confidence_unsoundness(self) -> str:
+        """What is wrong with the confidences of a tree whose nodes are sound; empty when nothing is."""
         confidences = self.confidences
         if len(confidences) != len(self):
-            raise InvalidTree(f"{len(confidences)} confidences for {len(self)} nodes")
-        most = [0.0, *[confidences[parent] for parent in self.parents[1:]]]
-        if all(map(operator.le, confidences, most)) and all(map(math.isfinite, confidences)):  # NaN is in no order
-            return
+            return f"{len(confidences)} confidences for {len(self)} nodes"
         for node, confidence in enumerate(confidences):
-            if not -math.inf < confidence <= most[node]:
-                raise InvalidTree(
-                    f"node {node} has confidence {confidence}; it must be finite and at most {most[node]}"
-                )
+            most = confidences[self.parents[node]] if node else 0.0
+            if not -math.inf < confidence <= most:
+                return f"node {node} has confidence {confidence}; it must be finite and at most {most}"
+        return ""
 
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:
@@ -225,6 +215,31 @@ class TokenTree:
         tree = TokenTree.of_sound_parts(
             tuple([self.token_ids[old] for old in nodes]), parents, distributions, self.source, confidences or own
         )
-        if confidences:
-            tree._check_confidences()
+        if confidences and (unsoundness := tree._confidence_unsoundness()):
+            raise InvalidTree(unsoundness)
         return tree
+
+
+def are_sound(
+    sizes: Sequence[int], token_ids: Sequence[int], parents: Sequence[int], confidences: Sequence[float]
+) -> bool:
+    """Whether trees, the nodes of one behind those of the other, keep the invariants of TokenTree: at once for all.
+
+    sizes: of each tree. confidences: of all trees or of none.
+    """
+    if not (sizes and min(sizes) >= 1 and max(sizes) <= MAX_NODES and sum(sizes) == len(token_ids) == len(parents)):
+        return False
+    numbers = list(chain.from_iterable(map(range, sizes)))  # each node's in its own tree
+    # Each parent is below its node's number, and none below -1: roots have -1, and since no more have it, roots alone.
+    if not (min(parents) == -1 and parents.count(-1) == len(sizes) and all(map(operator.lt, parents, numbers))):
+        return False
+    # The place of each node's parent; a root gets the last place of the tree before it, which has no children.
+    above = list(map(operator.add, parents, map(operator.sub, range(len(parents)), numbers)))
+    if len(set(zip(above, token_ids, strict=True))) < len(token_ids):
+        return False
+    if not confidences:
+        return True
+    if len(confidences) != len(token_ids) or not min(confidences) > -math.inf:
+        return False
+    most = [0.0 if parent < 0 else confidences[place] for parent, place in zip(parents, above, strict=True)]
+    return all(map(operator.le, confidences, most))  # NaN is in no order

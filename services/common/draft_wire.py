@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
+
 from protos import speculator_pb2
 from services.common.drafting import (
     AdvanceSequence,
@@ -10,8 +13,9 @@ from services.common.drafting import (
     SpeculateRequest,
     SpeculateResponse,
 )
-from services.common.tree_wire import sampling_from_wire, sampling_to_wire, tree_from_wire, tree_to_wire
+from services.common.tree_wire import sampling_from_wire, sampling_to_wire, trees_from_wire, trees_to_wire
 from speculation.children import ChildSelection
+from speculation.tree import InvalidTree, TokenTree
 
 _SELECTIONS = {
     ChildSelection.TOP: speculator_pb2.CHILD_SELECTION_TOP,
@@ -23,8 +27,10 @@ _SELECTIONS_FROM_WIRE = {number: selection for selection, number in _SELECTIONS.
 
 def request_to_wire(request: SpeculateRequest) -> speculator_pb2.SpeculateRequest:
     message = speculator_pb2.SpeculateRequest(step=request.step, close=request.close)
-    for advance in request.advance:
-        message.advance.add(sequence_id=advance.sequence_id, token_ids=advance.token_ids)
+    if advance := request.advance:
+        message.advance.sequence_ids.extend([each.sequence_id for each in advance])
+        message.advance.token_counts.extend([len(each.token_ids) for each in advance])
+        message.advance.token_ids.extend(chain.from_iterable([each.token_ids for each in advance]))
     for opened in request.open:
         message.open.add(
             sequence_id=opened.sequence_id,
@@ -32,28 +38,34 @@ def request_to_wire(request: SpeculateRequest) -> speculator_pb2.SpeculateReques
             sampling=sampling_to_wire(opened.sampling),
             prompt_length=opened.prompt_length,
         )
-    for draft in request.draft:
-        message.draft.add(
-            sequence_id=draft.sequence_id,
-            max_nodes=draft.max_nodes,
-            max_depth=draft.max_depth,
-            widths=draft.widths,
-            selection=_SELECTIONS[draft.selection],
-            min_confidence=draft.min_confidence,
-            lookup_only=draft.lookup_only,
-        )
+    if wishes := request.draft:
+        draft = message.draft
+        draft.sequence_ids.extend([wish.sequence_id for wish in wishes])
+        draft.max_nodes.extend([wish.max_nodes for wish in wishes])
+        draft.max_depths.extend([wish.max_depth for wish in wishes])
+        draft.selections.extend([_SELECTIONS[wish.selection] for wish in wishes])
+        draft.min_confidences.extend([wish.min_confidence for wish in wishes])
+        draft.lookup_only.extend([wish.lookup_only for wish in wishes])
+        draft.width_counts.extend([len(wish.widths) for wish in wishes])
+        draft.widths.extend(chain.from_iterable([wish.widths for wish in wishes]))
     return message
 
 
 def request_from_wire(message: speculator_pb2.SpeculateRequest) -> SpeculateRequest:
-    """Raises ValueError for sampling parameters out of bounds and an unknown selection."""
+    """Raises ValueError for columns that differ, sampling parameters out of bounds and an unknown selection."""
     return SpeculateRequest(
         message.step,
-        [AdvanceSequence(advance.sequence_id, list(advance.token_ids)) for advance in message.advance],
+        _advances(message.advance),
         list(message.close),
         [_opened(opened) for opened in message.open],
-        [_draft(draft) for draft in message.draft],
+        _drafts(message.draft),
     )
+
+
+def _advances(message: speculator_pb2.AdvanceSequences) -> list[AdvanceSequence]:
+    tokens = _parts("advance.token_ids", message.token_ids, message.token_counts)
+    _check_columns("advance", len(message.sequence_ids), token_counts=message.token_counts)
+    return [AdvanceSequence(*each) for each in zip(message.sequence_ids, tokens, strict=True)]
 
 
 def _opened(message: speculator_pb2.OpenSequence) -> OpenSequence:
@@ -65,32 +77,63 @@ def _opened(message: speculator_pb2.OpenSequence) -> OpenSequence:
     )
 
 
-def _draft(message: speculator_pb2.DraftRequest) -> DraftRequest:
-    if (selection := _SELECTIONS_FROM_WIRE.get(message.selection)) is None:
-        raise ValueError(f"selection is {message.selection}; it must be one of {sorted(_SELECTIONS_FROM_WIRE)}")
-    return DraftRequest(
-        message.sequence_id,
-        message.max_nodes,
-        message.max_depth,
-        tuple(message.widths),
-        selection,
-        message.min_confidence,
-        message.lookup_only,
+def _drafts(message: speculator_pb2.DraftRequests) -> list[DraftRequest]:
+    _check_columns(
+        "draft",
+        len(message.sequence_ids),
+        max_nodes=message.max_nodes,
+        max_depths=message.max_depths,
+        selections=message.selections,
+        min_confidences=message.min_confidences,
+        lookup_only=message.lookup_only,
+        width_counts=message.width_counts,
     )
+    if unknown := set(message.selections) - _SELECTIONS_FROM_WIRE.keys():
+        raise ValueError(f"selection is {min(unknown)}; it must be one of {sorted(_SELECTIONS_FROM_WIRE)}")
+    columns = zip(
+        message.sequence_ids,
+        message.max_nodes,
+        message.max_depths,
+        map(tuple, _parts("draft.widths", message.widths, message.width_counts)),
+        map(_SELECTIONS_FROM_WIRE.__getitem__, message.selections),
+        message.min_confidences,
+        message.lookup_only,
+        strict=True,
+    )
+    return [DraftRequest(*each) for each in columns]
 
 
 def response_to_wire(response: SpeculateResponse) -> speculator_pb2.SpeculateResponse:
-    message = speculator_pb2.SpeculateResponse(
+    drafts = response.drafts
+    return speculator_pb2.SpeculateResponse(
         step=response.step,
         unknown_sequence_ids=response.unknown_sequence_ids,
         work_seconds=response.work_seconds,
+        sequence_ids=[sequence_id for sequence_id, trees in drafts.items() for _ in trees],
+        trees=trees_to_wire(list(chain.from_iterable(drafts.values()))),
     )
-    for sequence_id, trees in response.drafts.items():
-        message.drafts.add(sequence_id=sequence_id, trees=[tree_to_wire(tree) for tree in trees])
-    return message
 
 
 def response_from_wire(message: speculator_pb2.SpeculateResponse, vocab_size: int) -> SpeculateResponse:
     """Raises InvalidTree for a tree that breaks an invariant or does not fit the vocabulary."""
-    drafts = {draft.sequence_id: [tree_from_wire(tree, vocab_size) for tree in draft.trees] for draft in message.drafts}
+    trees = trees_from_wire(message.trees, vocab_size)
+    if len(message.sequence_ids) != len(trees):
+        raise InvalidTree(f"{len(trees)} trees for {len(message.sequence_ids)} sequences")
+    drafts: dict[int, list[TokenTree]] = {}
+    for sequence_id, tree in zip(message.sequence_ids, trees, strict=True):
+        drafts.setdefault(sequence_id, []).append(tree)
     return SpeculateResponse(message.step, drafts, list(message.unknown_sequence_ids), message.work_seconds)
+
+
+def _check_columns(field: str, sequences: int, **columns: Sequence[object]) -> None:
+    for name, column in columns.items():
+        if len(column) != sequences:
+            raise ValueError(f"{field} has {sequences} sequence_ids, but {len(column)} {name}; it needs one for each")
+
+
+def _parts(field: str, values: Iterable[int], counts: Sequence[int]) -> list[list[int]]:
+    """Raises ValueError when they are not as many as the counts say."""
+    rest, ends = list(values), list(accumulate(counts))
+    if (counted := ends[-1] if ends else 0) != len(rest):
+        raise ValueError(f"{field} has {len(rest)} entries, but its counts are of {counted}")
+    return [rest[end - count : end] for count, end in zip(counts, ends, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from speculation.children import ChildSelection
 from speculation.sampling import SamplingParams
@@ -20,16 +21,14 @@ class OpenSequence:
     prompt_length: int
 
 
-@dataclass(frozen=True)
-class AdvanceSequence:
+class AdvanceSequence(NamedTuple):
     """Tokens that the verifier accepted since the last message."""
 
     sequence_id: int
     token_ids: Sequence[int]
 
 
-@dataclass(frozen=True)
-class DraftRequest:
+class DraftRequest(NamedTuple):
     """What tree is wanted."""
 
     sequence_id: int

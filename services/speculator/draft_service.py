@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from services.common.drafting import AdvanceSequence, OpenSequence, SpeculateRequest, SpeculateResponse
 from services.speculator.checks import check_tokens, draft_order
@@ -116,4 +115,4 @@ class DraftService:
 
 def _with_nodes(orders: Sequence[DraftOrder], nodes: Mapping[SessionKey, int]) -> Sequence[DraftOrder]:
     """The orders, some of them with other numbers of nodes."""
-    return [replace(order, nodes=nodes[order.key]) if order.key in nodes else order for order in orders]
+    return [order._replace(nodes=nodes[order.key]) if order.key in nodes else order for order in orders]

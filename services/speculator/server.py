@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 import grpc
 
@@ -95,7 +94,8 @@ class Servicer(SpeculatorServicer):
                 "sampled trees made smaller or left out; their distributions exceed a message",
                 extra={"distributions": self._rows, "ordered": sum(wish.max_nodes for wish in request.draft)},
             )
-        answer = response_to_wire(self._service.answer(stream, replace(request, draft=fitting)))
+        request.draft = fitting
+        answer = response_to_wire(self._service.answer(stream, request))
         answer.work_seconds = time.perf_counter() - started
         return answer
 
@@ -138,7 +138,7 @@ def _fitting(wishes: Sequence[DraftRequest], rows: int) -> list[DraftRequest]:
         if wish.selection is ChildSelection.SAMPLED and not wish.lookup_only:
             nodes = min(wish.max_nodes, rows)
             rows -= nodes
-            wish = replace(wish, max_nodes=nodes) if nodes else replace(wish, lookup_only=True)
+            wish = wish._replace(max_nodes=nodes) if nodes else wish._replace(lookup_only=True)
         fitting.append(wish)
     return fitting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime.kv_cache import CachedSequence
 from speculation.calibration import Calibration
@@ -14,8 +15,7 @@ SessionKey = tuple[int, int]
 """(stream, sequence id): sequence ids belong to a stream."""
 
 
-@dataclass(frozen=True)
-class DraftOrder:
+class DraftOrder(NamedTuple):
     """What tree is wanted; see DraftRequest in speculator.proto."""
 
     key: SessionKey

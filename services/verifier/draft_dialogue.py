@@ -77,9 +77,10 @@ class DraftDialogue:
     def _check(self, tree: TokenTree, order: DraftOrder) -> None:
         if tree.token_ids[0] != order.sequence.tokens[-1]:
             raise InvalidTree(f"root is token {tree.token_ids[0]}, the sequence ends with {order.sequence.tokens[-1]}")
-        if len(tree) > order.nodes + 1 or max(tree.depths()) > order.depth:
+        nodes = len(tree) - 1
+        if nodes > order.nodes or (nodes > order.depth and max(tree.depths()) > order.depth):
             raise InvalidTree(
-                f"{len(tree) - 1} nodes of depth {max(tree.depths())}; asked for {order.nodes} of depth {order.depth}"
+                f"{nodes} nodes of depth {max(tree.depths())}; asked for {order.nodes} of depth {order.depth}"
             )
         if (largest := max(tree.token_ids)) >= self._vocab_size:
             raise InvalidTree(f"token {largest} is outside the vocabulary 0..{self._vocab_size - 1}")

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from speculation.tree import MAX_NODES, InvalidTree, TokenTree
-from tests.speculation.trees import token_paths, token_trees
+from speculation.tree import MAX_NODES, InvalidTree, TokenTree, are_sound
+from tests.speculation.trees import confident_trees, token_paths, token_trees
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,37 @@ def test_check_vocabulary() -> None:
         tree.check_vocabulary(3)
     with pytest.raises(InvalidTree, match="token -1"):
         TokenTree((-1,), (-1,)).check_vocabulary(3)
+
+
+@given(st.data())
+def test_trees_are_sound_together_when_each_of_them_is(data: st.DataObject) -> None:
+    trees = data.draw(st.lists(confident_trees(), min_size=1, max_size=4))
+    sizes = [len(tree) for tree in trees]
+    columns: list[list[Any]] = [
+        [entry for tree in trees for entry in getattr(tree, column)]
+        for column in ("token_ids", "parents", "confidences")
+    ]
+    assert are_sound(sizes, *columns)
+    column = data.draw(st.integers(0, 2))
+    entries = [st.integers(0, 3), st.integers(-2, 6), st.sampled_from([0.5, -0.5, -math.inf, math.nan])]
+    columns[column][data.draw(st.integers(0, sum(sizes) - 1))] = data.draw(entries[column])
+    sound, start = True, 0
+    for size in sizes:
+        sound &= _is_sound(*[tuple(entries[start : start + size]) for entries in columns])
+        start += size
+    assert are_sound(sizes, *columns) == sound
+
+
+def _is_sound(token_ids: tuple[int, ...], parents: tuple[int, ...], confidences: tuple[float, ...]) -> bool:
+    """By the words of TokenTree, one node after the other."""
+    for node, (parent, confidence) in enumerate(zip(parents, confidences, strict=True)):
+        if not (0 <= parent < node if node else parent == -1):
+            return False
+        if any(parents[other] == parent and token_ids[other] == token_ids[node] for other in range(node)):
+            return False
+        if not -math.inf < confidence <= (confidences[parent] if node else 0.0):
+            return False
+    return True
 
 
 @given(token_trees())

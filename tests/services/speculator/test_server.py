@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from protos import speculator_pb2, tree_pb2
+from protos import speculator_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
+from services.common.draft_wire import request_to_wire, response_from_wire
+from services.common.drafting import DraftRequest, OpenSequence, SpeculateRequest
 from services.common.grpc_setup import channel
 from services.common.lifecycle import StartupError
 from services.common.tls import INSECURE
-from services.common.tree_wire import sampling_to_wire
 from services.speculator.drafter import Drafter
 from speculation.calibration import CALIBRATION_FILE, Calibration
+from speculation.children import ChildSelection
 from speculation.sampling import SamplingParams
+from speculation.tree import TokenTree
 from tests.services.harness import Services, services
 from tests.tiny_models import VOCAB, write_model
 
@@ -36,16 +39,13 @@ def running() -> Iterator[Services]:
         yield started
 
 
-def draft(address: str, nodes: int) -> list[tree_pb2.TokenTree]:
+def draft(address: str, nodes: int) -> Sequence[TokenTree]:
     """The greedy trees of one node's children behind PROMPT, one of each model."""
-    message = speculator_pb2.SpeculateRequest(step=1)
-    message.open.add(sequence_id=1, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=sampling_to_wire(GREEDY))
-    message.draft.add(
-        sequence_id=1, max_nodes=nodes, max_depth=1, widths=[nodes], selection=speculator_pb2.CHILD_SELECTION_TOP
-    )
+    message = opening(1, 1, PROMPT)
+    message.draft.MergeFrom(request_to_wire(SpeculateRequest(draft=[DraftRequest(1, nodes, 1, (nodes,))])).draft)
     with channel(address, INSECURE) as connection:
         response = next(SpeculatorStub(connection).Speculate(iter([message]), timeout=TIMEOUT_S))
-    return list(response.drafts[0].trees)
+    return response_from_wire(response, VOCAB).drafts[1]
 
 
 def test_every_model_has_the_calibration_of_its_folder(tmp_path: Path, running: Services) -> None:
@@ -69,43 +69,42 @@ def test_sampled_trees_leave_out_what_would_not_fit_a_message(
 ) -> None:
     monkeypatch.setattr("services.speculator.server.DISTRIBUTION_BYTES", 2 * 5 * 4 * VOCAB)  # 5 nodes of each model
     address = running.speculator(write_model(tmp_path / "one"), write_model(tmp_path / "other"))
-    sampled, top = speculator_pb2.CHILD_SELECTION_SAMPLED, speculator_pb2.CHILD_SELECTION_TOP
-    selections = {1: sampled, 2: top, 3: sampled, 4: sampled, 5: top}
-    message = speculator_pb2.SpeculateRequest(step=1)
-    for sequence_id, selection in selections.items():
-        params = sampling_to_wire(SamplingParams(seed=sequence_id) if selection is sampled else GREEDY)
-        message.open.add(sequence_id=sequence_id, token_ids=PROMPT, prompt_length=len(PROMPT), sampling=params)
-        message.draft.add(sequence_id=sequence_id, max_nodes=3, max_depth=3, widths=[1, 1, 1], selection=selection)
+    sampled, top = ChildSelection.SAMPLED, ChildSelection.TOP
+    request = SpeculateRequest(1)
+    for sequence_id, selection in {1: sampled, 2: top, 3: sampled, 4: sampled, 5: top}.items():
+        params = SamplingParams(seed=sequence_id) if selection is sampled else GREEDY
+        request.open.append(OpenSequence(sequence_id, PROMPT, params, len(PROMPT)))
+        request.draft.append(DraftRequest(sequence_id, 3, 3, (1, 1, 1), selection))
+    message = request_to_wire(request)
     with caplog.at_level(logging.WARNING), channel(address, INSECURE) as connection:
         responses = list(SpeculatorStub(connection).Speculate(iter([message] * 2), timeout=TIMEOUT_S))
     for response in responses:
-        sizes = {draft.sequence_id: [len(tree.token_ids) - 1 for tree in draft.trees] for draft in response.drafts}
-        assert sizes == {1: [3, 3], 2: [3, 3], 3: [2, 2], 4: [], 5: [3, 3]}
-        carried = sum(len(tree.distributions) for draft in response.drafts for tree in draft.trees)
-        assert carried == 2 * 5 * 4 * VOCAB
+        drafts = response_from_wire(response, VOCAB).drafts
+        assert {sequence_id: [len(tree) - 1 for tree in trees] for sequence_id, trees in drafts.items()} == {
+            1: [3, 3],
+            2: [3, 3],
+            3: [2, 2],
+            5: [3, 3],
+        }
+        assert len(response.trees.distributions) == 2 * 5 * 4 * VOCAB
     assert [record.message for record in caplog.records if "left out" in record.message] == [
         "sampled trees made smaller or left out; their distributions exceed a message"
     ], "once for the stream"
 
 
 def opening(step: int, sequence_id: int, tokens: list[int]) -> speculator_pb2.SpeculateRequest:
-    message = speculator_pb2.SpeculateRequest(step=step)
-    message.open.add(
-        sequence_id=sequence_id, token_ids=tokens, prompt_length=len(tokens), sampling=sampling_to_wire(GREEDY)
-    )
-    return message
+    return request_to_wire(SpeculateRequest(step, open=[OpenSequence(sequence_id, tokens, GREEDY, len(tokens))]))
 
 
 def asking(message: speculator_pb2.SpeculateRequest, *sequence_ids: int) -> speculator_pb2.SpeculateRequest:
-    for sequence_id in sequence_ids:
-        message.draft.add(
-            sequence_id=sequence_id, max_nodes=4, max_depth=2, selection=speculator_pb2.CHILD_SELECTION_TOP
-        )
+    asked = SpeculateRequest(draft=[DraftRequest(sequence_id, 4, 2) for sequence_id in sequence_ids])
+    message.draft.MergeFrom(request_to_wire(asked).draft)
     return message
 
 
-def drafted(response: speculator_pb2.SpeculateResponse) -> dict[int, list[int]]:
-    return {draft.sequence_id: list(draft.trees[0].token_ids) for draft in response.drafts if draft.trees}
+def drafted(response: speculator_pb2.SpeculateResponse) -> dict[int, tuple[int, ...]]:
+    drafts = response_from_wire(response, VOCAB).drafts
+    return {sequence_id: trees[0].token_ids for sequence_id, trees in drafts.items()}
 
 
 def test_messages_are_answered_while_a_long_text_is_computed(

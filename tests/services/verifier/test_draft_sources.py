@@ -11,8 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
-from protos import speculator_pb2, tree_pb2
+from protos import tree_pb2
 from protos.speculator_pb2_grpc import SpeculatorStub
+from services.common.draft_wire import request_to_wire
+from services.common.drafting import AdvanceSequence, DraftRequest, SpeculateRequest
 from services.common.grpc_setup import channel
 from services.common.model_facts import TOKENIZER_METADATA
 from services.common.settings import SettingsError
@@ -160,8 +162,6 @@ def test_a_client_that_leaves_closes_its_sessions_and_hurts_nobody(
 
 def test_an_unknown_sequence_is_no_sequence_of_any_source(running: Services) -> None:
     with channel(running.speculator(), INSECURE) as connection:
-        message = speculator_pb2.SpeculateRequest(step=4, close=[8])
-        message.advance.add(sequence_id=7, token_ids=[1])
-        message.draft.add(sequence_id=9, max_nodes=4, max_depth=2, selection=speculator_pb2.CHILD_SELECTION_TOP)
-        (response,) = SpeculatorStub(connection).Speculate(iter([message]))
+        request = SpeculateRequest(4, [AdvanceSequence(7, [1])], close=[8], draft=[DraftRequest(9, 4, 2)])
+        (response,) = SpeculatorStub(connection).Speculate(iter([request_to_wire(request)]))
     assert list(response.unknown_sequence_ids) == [7, 9]

@@ -11,11 +11,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from protos import speculator_pb2, tree_pb2
+from protos.speculator_pb2 import SpeculateResponse
 from services.common.model_facts import ModelFacts
 from services.common.tls import INSECURE
+from services.common.tree_wire import trees_to_wire
 from services.verifier import speculator_link
 from services.verifier.metrics import VerifierMetrics
 from services.verifier.outbox import Outbox
+from speculation.tree import TokenTree
 from tests.ports import free_port
 from tests.services.harness import Services
 from tests.services.verifier.scripted_speculator import Answer, Recorder, scripted_speculator, wait_until
@@ -24,35 +27,35 @@ from tests.tiny_models import VOCAB, hugging_face_greedy
 PROMPT = [5, 17, 60, 3]
 
 
-def _draft(message: speculator_pb2.SpeculateRequest, **tree: Any) -> speculator_pb2.SpeculateResponse:
-    drafts = [
-        speculator_pb2.Draft(sequence_id=order.sequence_id, trees=[tree_pb2.TokenTree(**tree)])
-        for order in message.draft
-    ]
-    return speculator_pb2.SpeculateResponse(step=message.step, drafts=drafts)
+def _draft(message: speculator_pb2.SpeculateRequest, *token_ids: int, **columns: Any) -> SpeculateResponse:
+    """The same chain for every sequence, with other columns in place of its own."""
+    ids, size = message.draft.sequence_ids, len(token_ids)
+    chain: dict[str, Any] = {"token_ids": token_ids, "parents": range(-1, size - 1)}
+    trees = tree_pb2.TokenTrees()
+    for _ in ids:
+        trees.MergeFrom(tree_pb2.TokenTrees(sizes=[size], sources=["x"], estimated=[False], **(chain | columns)))
+    return SpeculateResponse(step=message.step, sequence_ids=ids, trees=trees)
 
 
-def _hang(message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
+def _hang(message: speculator_pb2.SpeculateRequest) -> SpeculateResponse:
     time.sleep(1.5)
-    return speculator_pb2.SpeculateResponse(step=message.step)
+    return SpeculateResponse(step=message.step)
 
 
 GARBAGE: dict[str, tuple[str, Answer]] = {
     "hang": ("late", _hang),
-    "cycle": ("invalid", lambda m: _draft(m, token_ids=[3, 4, 5], parents=[-1, 2, 1])),
-    "sizes": ("invalid", lambda m: _draft(m, token_ids=[3, 4, 5], parents=[-1, 0])),
+    "cycle": ("invalid", lambda m: _draft(m, 3, 4, 5, parents=[-1, 2, 1])),
+    "sizes": ("invalid", lambda m: _draft(m, 3, 4, 5, parents=[-1, 0])),
     "empty": ("invalid", lambda m: _draft(m)),
-    "vocabulary": ("invalid", lambda m: _draft(m, token_ids=[3, VOCAB], parents=[-1, 0])),
-    "another root": ("invalid", lambda m: _draft(m, token_ids=[299, 4], parents=[-1, 0])),
-    "over budget": ("invalid", lambda m: _draft(m, token_ids=range(100), parents=range(-1, 99))),
-    "distributions": (
-        "invalid",
-        lambda m: _draft(m, token_ids=[3], parents=[-1], sampled_nodes=[0], distributions=b"x"),
-    ),
-    "future step": ("invalid", lambda m: speculator_pb2.SpeculateResponse(step=m.step + 7)),
+    "vocabulary": ("invalid", lambda m: _draft(m, 3, VOCAB)),
+    "another root": ("invalid", lambda m: _draft(m, 299, 4)),
+    "over budget": ("invalid", lambda m: _draft(m, *range(100))),
+    "distributions": ("invalid", lambda m: _draft(m, 3, sampled_nodes=[0], distributions=b"x")),
+    "more sequences": ("invalid", lambda m: SpeculateResponse(step=m.step, sequence_ids=m.draft.sequence_ids)),
+    "future step": ("invalid", lambda m: SpeculateResponse(step=m.step + 7)),
     "another sequence": (
         "invalid",
-        lambda m: speculator_pb2.SpeculateResponse(step=m.step, drafts=[speculator_pb2.Draft(sequence_id=10**6)]),
+        lambda m: SpeculateResponse(step=m.step, sequence_ids=[10**6], trees=trees_to_wire([TokenTree.root_only(3)])),
     ),
 }
 
@@ -71,10 +74,10 @@ def test_a_speculator_that_hangs_or_sends_garbage_costs_speed_only(garbage: str,
 def test_a_slow_speculator_drafts_again_once_it_has_answered(llm: Path, running: Services) -> None:
     slow = [True]
 
-    def answer(message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
-        if message.draft and slow.pop() if slow else False:
+    def answer(message: speculator_pb2.SpeculateRequest) -> SpeculateResponse:
+        if message.HasField("draft") and slow.pop() if slow else False:
             time.sleep(0.3)  # a long prompt
-        return speculator_pb2.SpeculateResponse(step=message.step)
+        return SpeculateResponse(step=message.step)
 
     recorder = Recorder(answer)
     with scripted_speculator(llm, recorder) as address:
@@ -100,9 +103,9 @@ def test_a_hung_speculator_is_connected_again(llm: Path, running: Services, monk
 
 
 def test_a_speculator_that_forgot_everything_is_told_again(llm: Path, running: Services) -> None:
-    def forget(message: speculator_pb2.SpeculateRequest) -> speculator_pb2.SpeculateResponse:
-        unknown = [order.sequence_id for order in message.draft]
-        return speculator_pb2.SpeculateResponse(step=message.step, unknown_sequence_ids=unknown)
+    def forget(message: speculator_pb2.SpeculateRequest) -> SpeculateResponse:
+        unknown = message.draft.sequence_ids
+        return SpeculateResponse(step=message.step, unknown_sequence_ids=unknown)
 
     recorder = Recorder(forget)
     with scripted_speculator(llm, recorder) as address:
