@@ -53,7 +53,7 @@ class TokenTree:
             raise InvalidTree(f"distributions for nodes {strangers} of a tree of {len(self)}")
 
     def _unsoundness(self) -> str:
-        """What is wrong with an unsound tree."""
+        """What is wrong with a tree that `are_sound` refuses."""
         size = len(self.token_ids)
         if size != len(self.parents):
             return f"{size} tokens but {len(self.parents)} parents"
@@ -68,7 +68,7 @@ class TokenTree:
         for node, edge in enumerate(edges):
             if edge in edges[:node]:
                 return f"node {node} repeats token {edge[1]} below node {edge[0]}"
-        return self._confidence_unsoundness() or "it breaks an invariant"
+        return self._confidence_unsoundness()
 
     def __len__(self) -> int:
         return len(self.token_ids)

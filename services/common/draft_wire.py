@@ -63,8 +63,8 @@ def request_from_wire(message: speculator_pb2.SpeculateRequest) -> SpeculateRequ
 
 
 def _advances(message: speculator_pb2.AdvanceSequences) -> list[AdvanceSequence]:
-    tokens = _parts("advance.token_ids", message.token_ids, message.token_counts)
     _check_columns("advance", len(message.sequence_ids), token_counts=message.token_counts)
+    tokens = _parts("advance.token_ids", message.token_ids, message.token_counts)
     return [AdvanceSequence(*each) for each in zip(message.sequence_ids, tokens, strict=True)]
 
 
