@@ -16,6 +16,7 @@ from kernels.blocks import (
     AttentionWeights,
     Head,
     KvCompaction,
+    Linear,
     MlpBlock,
     MlpWeights,
     RmsNorm,
@@ -29,6 +30,7 @@ from kernels.kv_compaction import reference as torch_compaction
 from kernels.native import native_available, native_status
 from kernels.native.memory import PackedMemory
 from kernels.packed_linear.native import NativeLinear
+from kernels.packed_linear.torch import TorchLinear
 from kernels.rms_norm.reference import rms_norm
 from kernels.rotated_write.reference import rotated_write
 from kernels.tree_attention import native as native_attention
@@ -131,6 +133,7 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
     from kernels.tree_growth import triton as triton_growth
 
     operations = Operations(
+        _triton_linear,
         triton_norm.rms_norm,
         triton_write.rotated_write,
         triton_attention.tree_attention,
@@ -139,6 +142,13 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
     reason = f"triton {version('triton')}"
     backend = composed_backend("triton", reason, device, operations, triton_compaction.kv_compaction)
     return replace(backend, grow_level=triton_growth.grow_level)
+
+
+def _triton_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    """float32 goes to PyTorch's libraries: the tensor cores that the Triton layer is made of have no such product."""
+    from kernels.packed_linear.triton import TritonLinear
+
+    return TorchLinear(weight, bias, dtype) if dtype == torch.float32 else TritonLinear(weight, bias, dtype)
 
 
 def _native_backend(reason: str, int8: bool = False) -> Backend:
@@ -158,14 +168,14 @@ def _native_backend(reason: str, int8: bool = False) -> Backend:
 
 
 def _torch_backend(device: torch.device, reason: str) -> Backend:
-    operations = Operations(rms_norm, rotated_write, torch_attention.tree_attention, gated_product)
+    operations = Operations(TorchLinear, rms_norm, rotated_write, torch_attention.tree_attention, gated_product)
     return composed_backend("torch", reason, device, operations, torch_compaction.kv_compaction)
 
 
 def composed_backend(
     name: BackendName, reason: str, device: torch.device, operations: Operations, kv_compaction: KvCompaction
 ) -> Backend:
-    """PyTorch's matrix products around the given operations."""
+    """Decoder layers of the given operations."""
 
     def activation_dtype(weight_dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else weight_dtype
@@ -177,7 +187,7 @@ def composed_backend(
         tree_attention=operations.tree_attention,
         kv_compaction=kv_compaction,
         rms_norm=operations.rms_norm,
-        pack_head=lambda weight: ComposedHead(weight, activation_dtype(weight.dtype)),
+        pack_head=lambda weight: ComposedHead(weight, activation_dtype(weight.dtype), operations),
         pack_attention=lambda weights: ComposedAttentionBlock(weights, activation_dtype(weights.qkv.dtype), operations),
         pack_mlp=lambda weights: ComposedMlpBlock(weights, activation_dtype(weights.down.dtype), operations),
     )

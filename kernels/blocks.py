@@ -199,6 +199,24 @@ class MlpBlock(Protocol):
     def __call__(self, hidden: torch.Tensor, *, residual: bool = False) -> torch.Tensor: ...
 
 
+class Linear(Protocol):
+    """x [rows, in] -> x weightᵀ + bias, [rows, out], in the type of the activations."""
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+    def unrounded(self, x: torch.Tensor, /) -> torch.Tensor:
+        """The result in float32, as it was summed."""
+
+    def add_to(self, target: torch.Tensor, x: torch.Tensor, /) -> torch.Tensor:
+        """target += the result, in place: the residual costs no launch of its own."""
+
+
+class MakeLinear(Protocol):
+    """weight [out, in], bias [out] or None, type of the activations -> the layer."""
+
+    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, /) -> Linear: ...
+
+
 class RmsNorm(Protocol):
     """hidden [rows, size], weight [size] -> hidden / sqrt(mean(hidden²) + eps) * weight (Zhang and Sennrich, 2019).
 

@@ -1,5 +1,4 @@
-"""The halves of a decoder layer as a sequence of operations, on any device: matrix products of PyTorch, and around them
-the operations of one backend, its own kernels or PyTorch's.
+"""The halves of a decoder layer as a sequence of one backend's operations, its own kernels or PyTorch's, on any device.
 
 With PyTorch's they are what the native blocks are tested against.
 """
@@ -10,13 +9,13 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional
 
 from kernels.blocks import (
     AttentionBatch,
     AttentionWeights,
     GatedProduct,
     HeadNorms,
+    MakeLinear,
     MlpWeights,
     RmsNorm,
     RotatedWrite,
@@ -26,42 +25,13 @@ from kernels.blocks import (
 
 @dataclass(frozen=True)
 class Operations:
-    """What stands between the matrix products."""
+    """What a layer is made of."""
 
+    make_linear: MakeLinear
     rms_norm: RmsNorm
     rotated_write: RotatedWrite
     tree_attention: TreeAttention
     gated_product: GatedProduct
-
-
-class ComposedLinear:
-    """x [rows, in] -> x weightᵀ + bias, [rows, out], in `dtype`.
-
-    bfloat16 weights multiply x rounded to bfloat16, also where the rest is float32: as the native layer does.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        self._rounds = weight.dtype == torch.bfloat16 != dtype
-        self._weight = weight.to(dtype)
-        self._bias = None if bias is None else bias.to(dtype)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self._rounded(x), self._weight, self._bias)
-
-    def unrounded(self, x: torch.Tensor) -> torch.Tensor:
-        """The result in float32, as it was summed."""
-        if x.is_cuda and self._weight.dtype != torch.float32 and self._bias is None:
-            return torch.mm(self._rounded(x), self._weight.t(), out_dtype=torch.float32)
-        return self(x).float()
-
-    def add_to(self, target: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """target += x weightᵀ + bias: the residual costs no launch of its own and is rounded once, with the product."""
-        if self._bias is not None:
-            target.add_(self._bias)
-        return target.addmm_(self._rounded(x), self._weight.t())
-
-    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        return x.bfloat16().to(x.dtype) if self._rounds else x
 
 
 class ComposedHead:
@@ -71,8 +41,8 @@ class ComposedHead:
     choose.
     """
 
-    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        self._linear = ComposedLinear(weight, None, dtype)
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype, operations: Operations) -> None:
+        self._linear = operations.make_linear(weight, None, dtype)
 
     def __call__(self, normed: torch.Tensor, /) -> torch.Tensor:
         return self._linear.unrounded(normed)
@@ -85,8 +55,8 @@ class ComposedAttentionBlock:
         self._norm = weights.norm
         self._norm_eps = weights.norm_eps
         self._scale = weights.softmax_scale
-        self._qkv = ComposedLinear(weights.qkv, weights.qkv_bias, dtype)
-        self._output = ComposedLinear(weights.output, weights.output_bias, dtype)
+        self._qkv = operations.make_linear(weights.qkv, weights.qkv_bias, dtype)
+        self._output = operations.make_linear(weights.output, weights.output_bias, dtype)
         self._head_norms: HeadNorms | None = None
         if weights.query_norm is not None and weights.key_norm is not None:
             self._head_norms = HeadNorms(weights.query_norm, weights.key_norm, weights.norm_eps)
@@ -123,8 +93,8 @@ class ComposedMlpBlock:
     def __init__(self, weights: MlpWeights, dtype: torch.dtype, operations: Operations) -> None:
         self._norm = weights.norm
         self._norm_eps = weights.norm_eps
-        self._gate_up = ComposedLinear(weights.gate_up, None, dtype)
-        self._down = ComposedLinear(weights.down, None, dtype)
+        self._gate_up = operations.make_linear(weights.gate_up, None, dtype)
+        self._down = operations.make_linear(weights.down, None, dtype)
         self._operations = operations
 
     def __call__(self, hidden: torch.Tensor, *, residual: bool = False) -> torch.Tensor:

@@ -9,13 +9,16 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import check_tensor
+from kernels.dependent_launch import dependent_launch, let_next_kernel_start, wait_for_kernel_before
 
 TILE = 1024
 COMPILER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _gated_product_kernel(gate_up, out, size, TILE: tl.constexpr):
+def _gated_product_kernel(gate_up, out, size, TILE: tl.constexpr, DEPENDENT: tl.constexpr):
+    wait_for_kernel_before(DEPENDENT)
+    let_next_kernel_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < size
@@ -35,5 +38,7 @@ def gated_product(gate_up: torch.Tensor) -> torch.Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     if rows:
-        _gated_product_kernel[(rows, triton.cdiv(size, TILE))](gate_up, out, size, TILE=TILE, **COMPILER_OPTIONS)
+        _gated_product_kernel[(rows, triton.cdiv(size, TILE))](
+            gate_up, out, size, TILE=TILE, **dependent_launch(gate_up.device), **COMPILER_OPTIONS
+        )
     return out

@@ -9,12 +9,15 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import check_tensor
+from kernels.dependent_launch import dependent_launch, let_next_kernel_start, wait_for_kernel_before
 
 COMPILER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _rms_norm_kernel(hidden, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def _rms_norm_kernel(hidden, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr):
+    wait_for_kernel_before(DEPENDENT)
+    let_next_kernel_start(DEPENDENT)
     column = tl.arange(0, PADDED)
     inside = column < SIZE
     place = tl.program_id(0).to(tl.int64) * SIZE + column
@@ -35,6 +38,13 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     out = torch.empty_like(hidden)
     if rows:
         _rms_norm_kernel[(rows,)](
-            hidden, weight, out, eps, SIZE=size, PADDED=triton.next_power_of_2(size), **COMPILER_OPTIONS
+            hidden,
+            weight,
+            out,
+            eps,
+            SIZE=size,
+            PADDED=triton.next_power_of_2(size),
+            **dependent_launch(hidden.device),
+            **COMPILER_OPTIONS,
         )
     return out

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import HeadNorms, check_tensor
+from kernels.dependent_launch import dependent_launch, let_next_kernel_start, wait_for_kernel_before
 
 # Heads of a program, at most: one alone is less work than starting a program.
 HEAD_TILE = 16
@@ -33,7 +34,10 @@ def _rotated_write_kernel(
     HALF_PADDED: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     NORMED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_kernel_before(DEPENDENT)
+    let_next_kernel_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     dim = tl.arange(0, HALF_PADDED)
@@ -108,6 +112,7 @@ def rotated_write(
             HALF_PADDED=triton.next_power_of_2(head_dim // 2),
             HEAD_TILE=head_tile,
             NORMED=norms is not None,
+            **dependent_launch(qkv.device),
             **COMPILER_OPTIONS,
         )
     return query

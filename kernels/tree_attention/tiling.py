@@ -18,6 +18,9 @@ TILE_BYTES = 16384
 # multiprocessor of a large GPU read, and no more, because a split costs a write and a read of float32 partial results.
 PROGRAMS, LEAST_PARTS = 128, 8
 LEAST_SPLIT_KEYS, MOST_SPLIT_KEYS = 128, 2048
+# A row of a tree has its last OWN_LAG to 2 OWN_LAG - 1 entries to itself, from a multiple of OWN_LAG on. So a node that
+# has so many nodes above it, itself among them, gets the sums that it gets in plain decoding, bit for bit.
+OWN_LAG = 16
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,9 @@ class Splits:
     def most(self) -> int:
         return self.least << self.doublings
 
-    def most_splits(self, entries: int, words: int) -> int:
-        """Bound for a row that may see `entries` entries, and `words` mask words of them behind its prefix."""
-        of_growing = self.parts + -(-64 * words // self.least)
-        return min(-(-entries // self.least), max(-(-entries // self.most), of_growing))
+    def most_splits(self, entries: int) -> int:
+        """Bound for a row that may see `entries` entries."""
+        return min(-(-entries // self.least), max(-(-entries // self.most), self.parts))
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ def choose_tiling(rows: int, sequences: int, heads: int, kv_heads: int, line_byt
 def warps(tile_lines: int) -> int:
     """Warps of a program whose tile has this many lines."""
     return 8 if tile_lines >= WIDE_TILE else 4
+
+
+def own_warps(line_bytes: int) -> int:
+    """Warps of a program for the entries that one row has to itself; line_bytes: as for `choose_tiling`.
+
+    As few as can hold the keys and values in registers: its loads follow on each other, and many such programs side by
+    side hide it.
+    """
+    return max(1, line_bytes // 256)
 
 
 def stages(element_bytes: int) -> int:

@@ -22,20 +22,24 @@ from kernels.gated_product import reference as reference_product
 from kernels.gated_product import triton as triton_product
 from kernels.kv_compaction import reference as reference_compaction
 from kernels.kv_compaction import triton as triton_compaction
+from kernels.packed_linear.tiling import LinearTiling
+from kernels.packed_linear.triton import TritonLinear, _linear_kernel
 from kernels.rms_norm import reference as reference_norm
 from kernels.rms_norm import triton as triton_norm
 from kernels.rotated_write import reference as reference_write
 from kernels.rotated_write import triton as triton_write
 from kernels.tree_attention import reference as reference_attention
 from kernels.tree_attention import triton as triton_attention
-from kernels.tree_attention.tiling import Splits, Tiling, choose_tiling
+from kernels.tree_attention.own_entries_kernel import own_entries_kernel
+from kernels.tree_attention.split_kernel import split_kernel
+from kernels.tree_attention.tiling import OWN_LAG, Splits, Tiling, choose_tiling
 from runtime.kv_cache import KVCache
 from runtime.step_graph import StepGraphs, plain_call
 from runtime.transformer import LoadOptions, Transformer
 from speculation.children import ChildSelection
 from speculation.sampling import SamplingParams
 from tests.kernels import test_decoder_blocks as layers
-from tests.kernels.problems import Problem, Shape, make_problem
+from tests.kernels.problems import Problem, Shape, make_problem, visible_slots
 from tests.runtime.test_step_graph import run_steps
 from tests.services.speculator.test_graph_growth import assert_same_drafts, drafter, order
 from tests.tiny_models import write_model
@@ -96,7 +100,9 @@ def assert_equals_reference(problem: Problem, tiling: Tiling | None, tolerance: 
 
 def test_the_kernels_run_where_this_file_says() -> None:
     for kernel in (
-        triton_attention._tree_attention_kernel,
+        split_kernel,
+        own_entries_kernel,
+        _linear_kernel,
         triton_compaction._kv_compaction_kernel,
         triton_norm._rms_norm_kernel,
         triton_product._gated_product_kernel,
@@ -136,12 +142,24 @@ def test_no_rows_give_no_rows() -> None:
     assert triton_attention.tree_attention(*empty.arguments()).shape == (0, 4, 20)
 
 
+def one_height(shape: Shape) -> Tiling | None:
+    """The interpreter's products, which are NumPy's, may add up otherwise for tiles of another height."""
+    if not INTERPRETED:
+        return None
+    return replace(choose_tiling(1, 1, shape.heads, shape.kv_heads, shape.head_dim * 4), tile_rows=8)
+
+
+def half_on_gpu(shape: Shape) -> Shape:
+    """The type whose products run on tensor cores, where there are some."""
+    return shape if INTERPRETED else replace(shape, dtype=torch.bfloat16)
+
+
 # The last one takes the interpreter half a minute.
 @pytest.mark.parametrize("shape", [SMALL[1], LARGE[2], LONG[0], LONG[-1]][: 3 if INTERPRETED else 4], ids=str)
 def test_bits_of_a_row_do_not_depend_on_the_others(shape: Shape) -> None:
-    """Nor on how many splits the batch's longest sequence needs. Tiles of one height: see the kernel's docstring."""
-    problem = make_problem(shape).to(DEVICE)
-    tiling = replace(choose_tiling(1, 1, shape.heads, shape.kv_heads, shape.head_dim * 4), tile_rows=8)
+    """Nor on how many splits the batch's longest sequence needs, nor on the height of the tiles."""
+    problem = make_problem(half_on_gpu(shape)).to(DEVICE)
+    tiling = one_height(shape)
     together = triton_attention.tree_attention(*problem.arguments(), tiling=tiling)
     for row in range(0, len(together), 1 + len(together) // 7):
         only = slice(row, row + 1)
@@ -156,6 +174,100 @@ def test_bits_of_a_row_do_not_depend_on_the_others(shape: Shape) -> None:
             masks=problem.masks[only],
         )
         assert torch.equal(triton_attention.tree_attention(*alone.arguments(), tiling=tiling)[0], together[row])
+
+
+@pytest.mark.parametrize("prefix", [3, 31, 130] if INTERPRETED else [0, 3, 31, 127, 130, 515, 1023, 2045, 5000])
+@pytest.mark.parametrize(("heads", "kv_heads", "words"), [(4, 1, 1), (2, 2, 2)])
+def test_a_node_gets_the_bits_that_it_gets_when_its_path_is_accepted(
+    prefix: int, heads: int, kv_heads: int, words: int
+) -> None:
+    """Plain decoding: a tree of one node, whose ancestors are entries of the prefix."""
+    nodes = 20 if words == 1 else 70
+    shape = Shape(heads, kv_heads, head_dim=64, block_size=16, trees=((prefix, nodes), (20, 3)), words=words)
+    problem = make_problem(half_on_gpu(shape)).to(DEVICE)
+    tiling = one_height(shape)
+    together = triton_attention.tree_attention(*problem.arguments(), tiling=tiling)
+    depths = set()
+    for node in range(0, nodes, 4 if INTERPRETED else 3):
+        slots = visible_slots(problem, node)
+        depths.add(len(slots) - prefix)
+        keys, values = problem.keys.clone(), problem.values.clone()
+        # The sequence's first blocks hold the path now, one entry behind the other.
+        table = problem.block_tables[0].tolist()
+        for entry, slot in enumerate(slots):
+            place = table[entry // 16] * 16 + entry % 16
+            keys[place], values[place] = problem.keys[slot], problem.values[slot]
+        accepted = replace(
+            problem,
+            query=problem.query[node : node + 1].contiguous(),
+            keys=keys,
+            values=values,
+            block_tables=problem.block_tables[:1].contiguous(),
+            row_sequences=problem.row_sequences[:1],
+            prefix_lengths=torch.full_like(problem.prefix_lengths[:1], len(slots) - 1),
+            masks=torch.ones_like(problem.masks[:1]) * torch.tensor([1] + [0] * (words - 1), device=DEVICE),
+        )
+        assert torch.equal(triton_attention.tree_attention(*accepted.arguments(), tiling=tiling)[0], together[node])
+    assert max(depths) >= 4
+    assert max(depths) <= OWN_LAG, "the promise ends here"
+
+
+# inputs and outputs that fill no tile, several of each
+LINEARS = [(16, 8), (100, 33), (128, 64), (257, 130), (640, 200)]
+LINEAR_DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+LINEAR_TILINGS = [
+    None,
+    LinearTiling(16, 64, 128, 4, 2),
+    LinearTiling(32, 32, 32, 4, 2),
+    LinearTiling(64, 128, 64, 8, 2),
+    LinearTiling(128, 64, 64, 4, 3),
+]
+
+
+@pytest.mark.parametrize("tiling", LINEAR_TILINGS, ids=str)
+@pytest.mark.parametrize("dtype", LINEAR_DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), LINEARS)
+def test_linear_equals_torch(inputs: int, outputs: int, dtype: torch.dtype, tiling: LinearTiling | None) -> None:
+    weight, bias = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype), torch.randn(outputs).to(dtype)
+    x, target = torch.randn(37, inputs).to(dtype), torch.randn(37, outputs).to(dtype)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    linear = TritonLinear(weight.to(DEVICE), bias.to(DEVICE), dtype, tiling)
+    bare = TritonLinear(weight.to(DEVICE), None, dtype, tiling)
+    tolerance = TOLERANCE[dtype]
+    assert linear(x.to(DEVICE)).dtype == dtype
+    torch.testing.assert_close(linear(x.to(DEVICE)).cpu().double(), expected, atol=tolerance, rtol=tolerance)
+    unrounded = bare.unrounded(x.to(DEVICE))
+    assert unrounded.dtype == torch.float32
+    torch.testing.assert_close(unrounded.cpu().double(), expected - bias.double(), atol=1e-5, rtol=1e-5)
+    added = target.to(DEVICE, copy=True)
+    assert linear.add_to(added, x.to(DEVICE)) is added
+    torch.testing.assert_close(added.cpu().double(), target.double() + expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", LINEAR_DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), LINEARS if INTERPRETED else [*LINEARS, (4096, 4096), (2048, 20000)])
+def test_a_row_of_a_linear_layer_does_not_depend_on_the_others(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """On a GPU to the bit; the interpreter's products are NumPy's, which promises nothing."""
+    weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype).to(DEVICE)
+    x = torch.randn(700, inputs).to(dtype).to(DEVICE)
+    linear = TritonLinear(weight, None, dtype)
+    alone = torch.cat([linear.unrounded(x[row : row + 1]) for row in range(3)])
+    for rows in (3, 17, 40, 65) if INTERPRETED else (3, 16, 17, 40, 64, 65, 200, 700):
+        together = linear.unrounded(x[:rows])[:3]
+        if INTERPRETED:
+            torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        else:
+            assert torch.equal(together, alone), f"{rows} rows"
+
+
+def test_what_a_linear_layer_refuses() -> None:
+    weight = torch.randn(8, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="float32"):
+        TritonLinear(weight, None, torch.float32)
+    linear = TritonLinear(weight, None, torch.float16)
+    with pytest.raises(ValueError, match=r"\[any, 4\]"):
+        linear(torch.randn(2, 5, device=DEVICE).half())
+    assert linear(weight[:0, :4].half()).shape == (0, 8)
 
 
 # Where a rounding may fall the other way. The interpreter cuts bfloat16 off instead, at each of two roundings.

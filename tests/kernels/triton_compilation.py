@@ -13,11 +13,14 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from kernels.gated_product import triton as product
 from kernels.kv_compaction import triton as compaction
+from kernels.packed_linear import triton as linear
+from kernels.packed_linear.tiling import choose_linear_tiling
 from kernels.rms_norm import triton as norm
 from kernels.rotated_write import triton as write
-from kernels.tree_attention import triton as attention
-from kernels.tree_attention.tiling import MIN_DOT, choose_tiling, stages, warps
-from kernels.tree_attention.triton import COMPILER_OPTIONS
+from kernels.tree_attention.own_entries_kernel import own_entries_kernel
+from kernels.tree_attention.split_kernel import split_kernel
+from kernels.tree_attention.tiling import MIN_DOT, OWN_LAG, choose_tiling, own_warps, stages, warps
+from kernels.tree_attention.triton import COMPILER_OPTIONS, JOIN_CHUNK
 from kernels.tree_growth import children as child_kernels
 from kernels.tree_growth import triton as growth
 
@@ -40,7 +43,11 @@ def compile_kernel(
 ) -> CompiledKernel:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     # What a launch finds out by itself: torch's allocations are aligned, and aligned loads are vectorised.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name][0] == "*" or name in ("outputs", "inputs")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {**COMPILER_OPTIONS, "num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -79,45 +86,93 @@ def test_attention_compiles_and_fits(
     group_padded = triton.next_power_of_2(group)
     types = dict.fromkeys(["query", "keys", "values"], f"*{dtype}")
     types |= dict.fromkeys(["block_tables", "row_sequences", "prefix_lengths"], "*i32")
-    types |= {"masks": "*i64", "out": "*fp32", "maxima": "*fp32", "sums": "*fp32"}
+    types |= {"masks": "*i64", "partial": "*fp32", "maxima": "*fp32", "sums": "*fp32"}
     types |= {"rows": "i32", "max_blocks": "i32", "scale": "fp32"}
+    of_own = {"out": f"*{dtype}", "max_splits": "i32"}
     tile_lines = max(MIN_DOT, tiling.tile_rows * group_padded)
     constants = {
         "BLOCK_SIZE": 16,
         "WORDS": 1,
         "KV_HEADS": kv_heads,
         "GROUP": group,
-        "GROUP_PADDED": group_padded,
         "HEAD_DIM": head_dim,
         "DIM_PADDED": dim_padded,
-        "TILE_ROWS": tiling.tile_rows,
-        "TILE_M": tile_lines,
-        "TILE_KEYS": tiling.tile_keys,
         "LEAST_SPLIT": tiling.splits.least,
         "DOUBLINGS": tiling.splits.doublings,
         "PARTS": tiling.splits.parts,
-        "JOINED": True,
+        "OWN_LAG": OWN_LAG,
+        "DEPENDENT": capability >= HOPPER,
+    }
+    of_split = {
+        "GROUP_PADDED": group_padded,
+        "TILE_ROWS": tiling.tile_rows,
+        "TILE_M": tile_lines,
+        "TILE_KEYS": tiling.tile_keys,
     }
     chosen = warps(tile_lines), stages(ELEMENT_BYTES[dtype])
-    compiled = compile_kernel(attention._tree_attention_kernel, types, constants, capability, *chosen)
-    assert "cubin" in compiled.asm
+    own_chosen = own_warps(dim_padded * ELEMENT_BYTES[dtype]), 1
+    for compiled in (
+        compile_kernel(split_kernel, types, constants | of_split, capability, *chosen),
+        compile_kernel(
+            own_entries_kernel,
+            types | of_own,
+            constants | {"OWN_KEYS": 2 * OWN_LAG, "CHUNK": JOIN_CHUNK},
+            capability,
+            *own_chosen,
+        ),
+    ):
+        assert "cubin" in compiled.asm
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == (capability >= HOPPER)
+        if dtype != "fp32":
+            assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "dtype", "capability"),
+    [
+        (1, 4096, "bf16", HOPPER),
+        (20, 32000, "bf16", HOPPER),
+        (64, 4096, "fp16", HOPPER),
+        (64, 32000, "bf16", HOPPER),
+        (256, 4096, "bf16", HOPPER),
+        (4096, 32000, "bf16", HOPPER),
+        (64, 4096, "bf16", AMPERE),
+        (4096, 32000, "fp16", AMPERE),
+    ],
+)
+def test_linear_compiles_and_fits(rows: int, outputs: int, dtype: str, capability: int, tmp_path: Path) -> None:
+    tiling = choose_linear_tiling(rows, outputs, ELEMENT_BYTES[dtype], SHARED_MEMORY[capability])
+    types = dict.fromkeys(["x", "weight", "bias", "out"], f"*{dtype}")
+    types |= dict.fromkeys(["rows", "outputs", "inputs"], "i32")
+    constants = {
+        "WHOLE": True,
+        "BIASED": True,
+        "ADDED": True,
+        "TILE_ROWS": tiling.rows,
+        "TILE_OUTPUTS": tiling.outputs,
+        "TILE_INPUTS": tiling.inputs,
+        "DEPENDENT": capability >= HOPPER,
+    }
+    compiled = compile_kernel(linear._linear_kernel, types, constants, capability, tiling.warps, tiling.stages)
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
-    if dtype != "fp32":
-        assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED
+    assert ("wgmma" in compiled.asm["ptx"]) == (capability == HOPPER)
+    assert spilled_bytes(compiled, tmp_path) <= MAX_SPILLED
 
 
 def test_what_changes_from_step_to_step_is_not_compiled_for() -> None:
     """Else a step of one row, whose number is a constant to Triton, is another program than the others."""
     varying = {
-        attention._tree_attention_kernel: {"rows", "max_blocks"},
-        attention._join_splits_kernel: {"rows", "max_splits"},
+        split_kernel: {"rows", "max_blocks"},
+        own_entries_kernel: {"rows", "max_blocks", "max_splits"},
+        linear._linear_kernel: {"rows"},
         compaction._kv_compaction_kernel: {"moves"},
     }
     for kernel, names in varying.items():
         assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize} == names
     views = {
-        attention._tree_attention_kernel: {"block_tables", "row_sequences", "prefix_lengths", "masks"},
-        attention._join_splits_kernel: {"prefix_lengths", "masks"},
+        split_kernel: {"block_tables", "row_sequences", "prefix_lengths", "masks"},
+        own_entries_kernel: {"block_tables", "row_sequences", "prefix_lengths", "masks"},
         compaction._kv_compaction_kernel: {"sources", "targets"},
         write._rotated_write_kernel: {"slots"},
     }
@@ -125,12 +180,7 @@ def test_what_changes_from_step_to_step_is_not_compiled_for() -> None:
         assert {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment} == names
 
 
-def test_the_small_kernels_compile() -> None:
-    types = dict.fromkeys(["partial", "maxima", "sums"], "*fp32") | {"out": "*bf16"}
-    types |= {"prefix_lengths": "*i32", "masks": "*i64", "rows": "i32", "heads": "i32", "max_splits": "i32"}
-    constants = {"WORDS": 1, "HEAD_DIM": 80, "DIM_PADDED": 128, "CHUNK": attention.JOIN_CHUNK}
-    constants |= {"LEAST_SPLIT": 128, "DOUBLINGS": 4, "PARTS": 8}
-    assert "cubin" in compile_kernel(attention._join_splits_kernel, types, constants, 90).asm
+def test_compaction_compiles() -> None:
     types = {"cache": "*bf16", "sources": "*i64", "targets": "*i64", "moves": "i32", "slots": "i32", "slot_size": "i32"}
     constants = {"MOVES": compaction.MAX_MOVES, "CHUNK": compaction.CHUNK}
     assert "cubin" in compile_kernel(compaction._kv_compaction_kernel, types, constants, 90).asm
@@ -138,14 +188,22 @@ def test_the_small_kernels_compile() -> None:
 
 def test_the_fused_operations_compile() -> None:
     types = {"hidden": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"}
-    assert "cubin" in compile_kernel(norm._rms_norm_kernel, types, {"SIZE": 4096, "PADDED": 4096}, HOPPER, 8).asm
+    assert (
+        "cubin"
+        in compile_kernel(
+            norm._rms_norm_kernel, types, {"SIZE": 4096, "PADDED": 4096, "DEPENDENT": True}, HOPPER, 8
+        ).asm
+    )
     types = {"gate_up": "*bf16", "out": "*bf16", "size": "i32"}
-    assert "cubin" in compile_kernel(product._gated_product_kernel, types, {"TILE": product.TILE}, AMPERE).asm
+    assert (
+        "cubin"
+        in compile_kernel(product._gated_product_kernel, types, {"TILE": product.TILE, "DEPENDENT": False}, AMPERE).asm
+    )
     types = dict.fromkeys(["qkv", "query", "keys", "values", "query_norm", "key_norm"], "*bf16")
     types |= {"slots": "*i64", "cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
     sizes = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "HALF_PADDED": 64, "HEAD_TILE": write.HEAD_TILE}
     for capability, normed in ((AMPERE, 0), (HOPPER, 1)):
-        constants = sizes | {"NORMED": normed}
+        constants = sizes | {"NORMED": normed, "DEPENDENT": capability == HOPPER}
         assert "cubin" in compile_kernel(write._rotated_write_kernel, types, constants, capability).asm
 
 

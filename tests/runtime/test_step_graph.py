@@ -194,3 +194,34 @@ def test_captured_steps_equal_eager_ones_on_the_gpu(folder: Path) -> None:
     assert graphs.shapes
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_trees_on_the_gpu_have_the_logits_of_plain_decoding(folder: Path) -> None:
+    """To the bit, in bfloat16: among any other sequences, at any place in the tree, captured or called."""
+    model = Transformer.load(folder, LoadOptions(device="cuda", dtype="bfloat16", kernels="triton"))
+    cache = model.new_cache(0.1, 8, blocks=300)
+    chance = random.Random(0)
+    for prompt in (3, 40, 150):
+        tokens = [chance.randrange(VOCAB) for _ in range(prompt)]
+        trees = [random_tree(chance, nodes) for nodes in (1, 7, 30, 64)]
+        prompts = [CachedSequence() for _ in range(len(trees) + 1)]
+        for sequence in prompts:
+            cache.reserve(sequence, prompt + 70)
+            model.step([Segment.chain(sequence, tokens, 0)], [], cache)
+        segments = [tree_segment(cache, sequence, tree, prompt) for sequence, tree in zip(prompts, trees, strict=False)]
+        rows = sum(map(len, trees))
+        together = model.step(segments, range(rows), cache).clone()
+        assert together.shape == (rows, VOCAB)
+        first = 0
+        for tree in trees:
+            for node in {0, len(tree) // 2, len(tree) - 1}:
+                path = [node]
+                while tree.parents[path[0]] >= 0:
+                    path.insert(0, tree.parents[path[0]])
+                for depth, step in enumerate(path):
+                    plain = tree_segment(cache, prompts[-1], TokenTree((tree.token_ids[step],), (-1,)), prompt + depth)
+                    logits = model.step([plain], [0], cache)[0]
+                    assert torch.equal(logits, together[first + step]), (prompt, len(tree), depth)
+            first += len(tree)

@@ -1,0 +1,67 @@
+"""How the Triton kernel cuts a linear layer among its programs: arithmetic on shapes, without a GPU or Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+# Of a large GPU. The tiles decide on speed alone: see the kernel.
+MULTIPROCESSORS = 132
+FEW_ROWS = 64
+MIN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class LinearTiling:
+    """Rows and outputs of a tile, inputs that are multiplied at a time, and how many of these are under way."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+    def programs(self, rows: int, outputs: int) -> int:
+        return -(-rows // self.rows) * -(-outputs // self.outputs)
+
+    def shared_bytes(self, element_bytes: int) -> int:
+        """What a program keeps of weights and rows."""
+        return self.stages * (self.rows + self.outputs) * self.inputs * element_bytes
+
+
+# A tile of many rows, and its time in proportion to the others' where each multiprocessor has one, as measured.
+MANY_ROWS = (
+    (LinearTiling(256, 128, 64, 8, 4), 2.0),
+    (LinearTiling(128, 128, 64, 8, 4), 1.2),
+    (LinearTiling(64, 128, 64, 8, 4), 0.72),
+    (LinearTiling(64, 64, 64, 4, 6), 0.45),
+)
+
+
+@cache
+def choose_linear_tiling(rows: int, outputs: int, element_bytes: int, shared_memory: int) -> LinearTiling:
+    """The fastest tiling that fits.
+
+    Few rows: as tall as they are, so that each weight is read once; deep where few programs have to keep the memory
+    busy. Many: the tiles whose waves over the multiprocessors take least.
+    shared_memory: bytes that a program may have.
+    """
+    if rows <= FEW_ROWS:
+        tile = max(MIN_ROWS, 1 << (rows - 1).bit_length())
+        wide = LinearTiling(tile, 128, 64, 8, 4)
+        if tile == FEW_ROWS and wide.programs(rows, outputs) >= MULTIPROCESSORS:
+            return _fitting(wide, element_bytes, shared_memory)
+        narrow = LinearTiling(tile, 64, 128, 4, 3)
+        deep = LinearTiling(tile, 64, 128, 4, 6)
+        return _fitting(
+            narrow if narrow.programs(rows, outputs) >= MULTIPROCESSORS else deep, element_bytes, shared_memory
+        )
+    waves = [(-(-tiling.programs(rows, outputs) // MULTIPROCESSORS) * time, tiling) for tiling, time in MANY_ROWS]
+    return _fitting(min(waves, key=lambda of_tiling: of_tiling[0])[1], element_bytes, shared_memory)
+
+
+def _fitting(tiling: LinearTiling, element_bytes: int, shared_memory: int) -> LinearTiling:
+    """The tiling with as many stages as fit."""
+    per_stage = tiling.shared_bytes(element_bytes) // tiling.stages
+    stages = max(1, min(tiling.stages, shared_memory // per_stage))
+    return LinearTiling(tiling.rows, tiling.outputs, tiling.inputs, tiling.warps, stages)
