@@ -210,7 +210,8 @@ def attention_times(
     caches = torch.randn(layers, *size, device=device, dtype=torch.bfloat16)
     for name in ("ours", *peers):
         attention = choose_backend(device, "triton").tree_attention if name == "ours" else PEERS[name](tree)
-        yield name, captured_ms(partial(attend_all, tree, attention, query, caches)) / layers
+        measure = partial(captured_ms, partial(attend_all, tree, attention, query, caches))
+        yield name, (measure() if name == "ours" else or_failure(name, measure)) / layers
 
 
 def attend_all(tree: Tree, attention: TreeAttention, query: torch.Tensor, caches: torch.Tensor) -> None:
@@ -222,7 +223,7 @@ def attend_all(tree: Tree, attention: TreeAttention, query: torch.Tensor, caches
 def attention_line(context: int, nodes: int, times: Mapping[str, float], moved: int, rate: float) -> list[str]:
     """A line of the table; moved: bytes. rate: of a copy, bytes a second."""
     achieved = moved / (times["ours"] / 1000)
-    figures = [f"{milliseconds:.4f}" for milliseconds in times.values()]
+    figures = [shown_ms(milliseconds, 4) for milliseconds in times.values()]
     return [f"{context}", f"{nodes}", *figures, f"{achieved / 1e12:.2f}", f"{achieved / rate:.0%}"]
 
 
@@ -234,13 +235,14 @@ def step_table(config: ModelConfig, rate: float, repeats: int, peers: Sequence[s
     lines = []
     for nodes in STEP_NODES:
         tree = Tree.binary(STEP_CONTEXT, nodes, device)
-        times = {}
+        times: dict[str, float] = {}
         for name in ("ours", *peers):
             own = backend if name == "ours" else with_attention(backend, PEERS[name](tree))
             step = Step.of(Transformer(config, *weights, own, device), STEP_CONTEXT, nodes)
-            times[name] = step_ms(step, repeats)
             if name == "ours":
-                times["on the device"] = captured_ms(step.on_device())
+                times |= {name: step_ms(step, repeats), "on the device": captured_ms(step.on_device())}
+            else:
+                times[name] = or_failure(name, partial(step_ms, step, repeats))
         lines.append(step_line(nodes, times, floor))
     header = ["nodes", "ours, ms", "of that on the device, ms", *(f"{name}, ms" for name in peers)]
     return markdown_table([*header, "ours / floor", "on the device / floor"], lines)
@@ -248,38 +250,51 @@ def step_table(config: ModelConfig, rate: float, repeats: int, peers: Sequence[s
 
 def step_line(nodes: int, times: Mapping[str, float], floor_ms: float) -> list[str]:
     over = [f"{times[name] / floor_ms:.2f}" for name in ("ours", "on the device")]
-    return [f"{nodes}", *(f"{milliseconds:.3f}" for milliseconds in times.values()), *over]
+    return [f"{nodes}", *(shown_ms(milliseconds, 3) for milliseconds in times.values()), *over]
 
 
-def page(repeats: int, peers: Sequence[str], ssm: str, command: str) -> str:
+def or_failure(peer: str, measure: Callable[[], float]) -> float:
+    """Milliseconds of a peer, NaN where PyTorch cannot compile it for a shape; why goes to the error output."""
+    try:
+        return measure()
+    except RuntimeError as error:
+        print(f"{peer} failed: {error}", file=sys.stderr)
+        return math.nan
+
+
+def shown_ms(milliseconds: float, digits: int) -> str:
+    return "fails" if math.isnan(milliseconds) else f"{milliseconds:.{digits}f}"
+
+
+def sections(repeats: int, peers: Sequence[str], ssm: str, command: str) -> Iterator[str]:
+    """Of the page, each as soon as it has been measured."""
     rates = copy_rates()
     rate = max(rates.values())
     shown_rates = " and ".join(f"{own / 1e12:.2f} by {name}" for name, own in rates.items())
     gigabytes = weight_bytes(LLAMA_7B, 2) / 1e9
-    sections = [
-        "# On a GPU",
+    yield "# On a GPU"
+    yield (
         f"Made on {date.today().isoformat()} by `{command}` on one {torch.cuda.get_device_name()} with torch "
         f"{version('torch')} and triton {version('triton')}. A copy within the device moves so many TB/s, read and "
         f"written together: {shown_rates}; the higher counts below. All is bf16 and captured in CUDA graphs. Attention "
-        "is called for several layers in a row, whose keys and values are in memory, not in the L2 cache.",
-    ]
-    for heads, kv_heads, head_dim in HEADS:
-        sections += [
-            f"## Tree attention, {heads} query and {kv_heads} key heads of {head_dim}",
-            attention_table(heads, kv_heads, head_dim, rate, peers),
-        ]
-    sections += [
-        "## Step of a 7B-shaped model with random weights",
+        "is called for several layers in a row, whose keys and values are in memory, not in the L2 cache."
+    )
+    yield "## Step of a 7B-shaped model with random weights"
+    yield (
         f"One sequence, {STEP_CONTEXT} tokens of context, from the nodes on the host to the chosen tokens on the host; "
         f"and what of it the device takes. Floor: {gigabytes:.1f} GB of weights at the rate of a copy, "
-        f"{1000 * gigabytes * 1e9 / rate:.2f} ms.",
-        step_table(LLAMA_7B, rate, repeats, peers),
-        "## Drafts of a small model",
+        f"{1000 * gigabytes * 1e9 / rate:.2f} ms."
+    )
+    yield step_table(LLAMA_7B, rate, repeats, peers)
+    for heads, kv_heads, head_dim in HEADS:
+        yield f"## Tree attention, {heads} query and {kv_heads} key heads of {head_dim}"
+        yield attention_table(heads, kv_heads, head_dim, rate, peers)
+    yield "## Drafts of a small model"
+    yield (
         f"{Path(ssm).name}, greedily, up to {DEPTH} levels, from the accepted tokens to the trees on the host: all "
-        "levels captured in one graph, and level by level.",
-        draft_table(resolve_model(ssm), repeats),
-    ]
-    return "\n\n".join(sections) + "\n"
+        "levels captured in one graph, and level by level."
+    )
+    yield draft_table(resolve_model(ssm), repeats)
 
 
 def main(
@@ -298,11 +313,13 @@ def main(
         print("no CUDA device is there; this benchmark measures nothing without one", file=sys.stderr)
         raise typer.Exit(1)
     torch.manual_seed(0)
-    with torch.inference_mode():
-        text = page(repeats, peers, ssm, shown_command("benchmarks.gpu", sys.argv[1:]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
-    print(text)
+    text = ""
+    with torch.inference_mode():
+        for section in sections(repeats, peers, ssm, shown_command("benchmarks.gpu", sys.argv[1:])):
+            print(section, end="\n\n", flush=True)
+            text += f"{section}\n\n"
+            out.write_text(text.rstrip() + "\n")  # what has been measured stays, whatever comes
 
 
 if __name__ == "__main__":

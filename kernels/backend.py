@@ -14,6 +14,7 @@ import torch
 from kernels.blocks import (
     AttentionBlock,
     AttentionWeights,
+    GatedLinear,
     Head,
     KvCompaction,
     Linear,
@@ -24,13 +25,12 @@ from kernels.blocks import (
 )
 from kernels.decoder_blocks import native as native_blocks
 from kernels.decoder_blocks.composed import ComposedAttentionBlock, ComposedHead, ComposedMlpBlock, Operations
-from kernels.gated_product.reference import gated_product
 from kernels.kv_compaction import native as native_compaction
 from kernels.kv_compaction import reference as torch_compaction
 from kernels.native import native_available, native_status
 from kernels.native.memory import PackedMemory
 from kernels.packed_linear.native import NativeLinear
-from kernels.packed_linear.torch import TorchLinear
+from kernels.packed_linear.torch import TorchGatedLinear, TorchLinear
 from kernels.rms_norm.reference import rms_norm
 from kernels.rotated_write.reference import rotated_write
 from kernels.tree_attention import native as native_attention
@@ -125,7 +125,6 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
             raise BackendUnavailable(reason)
         return _torch_backend(device, reason)
     # Imported here because triton has wheels for some platforms only.
-    from kernels.gated_product import triton as triton_product
     from kernels.kv_compaction import triton as triton_compaction
     from kernels.rms_norm import triton as triton_norm
     from kernels.rotated_write import triton as triton_write
@@ -134,10 +133,10 @@ def _choose_for_gpu(device: torch.device, requested: RequestedName) -> Backend:
 
     operations = Operations(
         _triton_linear,
+        _triton_gated_linear,
         triton_norm.rms_norm,
         triton_write.rotated_write,
         triton_attention.tree_attention,
-        triton_product.gated_product,
     )
     reason = f"triton {version('triton')}"
     backend = composed_backend("triton", reason, device, operations, triton_compaction.kv_compaction)
@@ -149,6 +148,12 @@ def _triton_linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch
     from kernels.packed_linear.triton import TritonLinear
 
     return TorchLinear(weight, bias, dtype) if dtype == torch.float32 else TritonLinear(weight, bias, dtype)
+
+
+def _triton_gated_linear(gate_up: torch.Tensor, dtype: torch.dtype) -> GatedLinear:
+    from kernels.packed_linear.triton import TritonGatedLinear
+
+    return TorchGatedLinear(gate_up, dtype) if dtype == torch.float32 else TritonGatedLinear(gate_up, dtype)
 
 
 def _native_backend(reason: str, int8: bool = False) -> Backend:
@@ -168,7 +173,7 @@ def _native_backend(reason: str, int8: bool = False) -> Backend:
 
 
 def _torch_backend(device: torch.device, reason: str) -> Backend:
-    operations = Operations(TorchLinear, rms_norm, rotated_write, torch_attention.tree_attention, gated_product)
+    operations = Operations(TorchLinear, TorchGatedLinear, rms_norm, rotated_write, torch_attention.tree_attention)
     return composed_backend("torch", reason, device, operations, torch_compaction.kv_compaction)
 
 

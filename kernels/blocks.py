@@ -217,6 +217,18 @@ class MakeLinear(Protocol):
     def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, /) -> Linear: ...
 
 
+class GatedLinear(Protocol):
+    """x [rows, in] -> silu(x gateᵀ) * (x upᵀ), [rows, inner]; both products are rounded to the type of x before."""
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+
+class MakeGatedLinear(Protocol):
+    """gate_up [2 * inner, in], all rows of the gate first; type of the activations -> the layer."""
+
+    def __call__(self, gate_up: torch.Tensor, dtype: torch.dtype, /) -> GatedLinear: ...
+
+
 class RmsNorm(Protocol):
     """hidden [rows, size], weight [size] -> hidden / sqrt(mean(hidden²) + eps) * weight (Zhang and Sennrich, 2019).
 
@@ -251,12 +263,6 @@ class RotatedWrite(Protocol):
         sin: torch.Tensor,
         norms: HeadNorms | None,
     ) -> torch.Tensor: ...
-
-
-class GatedProduct(Protocol):
-    """gate_up [rows, 2 * size] -> silu(gate) * up, [rows, size]."""
-
-    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor: ...
 
 
 class TreeAttention(Protocol):

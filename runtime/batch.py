@@ -31,11 +31,18 @@ class Segment:
     masks: Sequence[int]
 
     @classmethod
-    def chain(cls, cache: CachedSequence, token_ids: Sequence[int], start: int) -> Segment:
-        """Consecutive tokens at positions start, start + 1, ...: each sees all entries before it and its own."""
+    def chain(
+        cls, cache: CachedSequence, token_ids: Sequence[int], start: int, decoded_from: int | None = None
+    ) -> Segment:
+        """Consecutive tokens at positions start, start + 1, ...: each sees all entries before it and its own.
+
+        decoded_from: position of the first token that was the root of a tree once. From there on each row is that of a
+        tree of one node again: where kernels add up a prompt's rows in another order, it gets the bits that it had.
+        """
         positions = range(start, start + len(token_ids))
-        seen = [position + 1 for position in positions]
-        return cls(cache, token_ids, positions, start, seen, [0] * len(token_ids))
+        masks = [int(decoded_from is not None and position >= decoded_from) for position in positions]
+        prefix_lengths = [position + 1 - mask for position, mask in zip(positions, masks, strict=True)]
+        return cls(cache, token_ids, positions, start, prefix_lengths, masks)
 
     @classmethod
     def tree(

@@ -6,7 +6,9 @@ same; the choice is the caller's (`cuda_capture`, `plain_call`). Knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -224,8 +226,20 @@ def cuda_capture(device: torch.device) -> Capture:
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with without_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             compute()
         return graph.replay
 
     return capture
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Garbage stays meanwhile: a graph among it that is destroyed during a capture ends that with an error."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -13,8 +13,8 @@ import torch
 from kernels.blocks import (
     AttentionBatch,
     AttentionWeights,
-    GatedProduct,
     HeadNorms,
+    MakeGatedLinear,
     MakeLinear,
     MlpWeights,
     RmsNorm,
@@ -28,10 +28,10 @@ class Operations:
     """What a layer is made of."""
 
     make_linear: MakeLinear
+    make_gated_linear: MakeGatedLinear
     rms_norm: RmsNorm
     rotated_write: RotatedWrite
     tree_attention: TreeAttention
-    gated_product: GatedProduct
 
 
 class ComposedHead:
@@ -93,11 +93,10 @@ class ComposedMlpBlock:
     def __init__(self, weights: MlpWeights, dtype: torch.dtype, operations: Operations) -> None:
         self._norm = weights.norm
         self._norm_eps = weights.norm_eps
-        self._gate_up = operations.make_linear(weights.gate_up, None, dtype)
+        self._gate_up = operations.make_gated_linear(weights.gate_up, dtype)
         self._down = operations.make_linear(weights.down, None, dtype)
         self._operations = operations
 
     def __call__(self, hidden: torch.Tensor, *, residual: bool = False) -> torch.Tensor:
-        gate_up = self._gate_up(self._operations.rms_norm(hidden, self._norm, self._norm_eps))
-        product = self._operations.gated_product(gate_up)
+        product = self._gate_up(self._operations.rms_norm(hidden, self._norm, self._norm_eps))
         return self._down.add_to(hidden, product) if residual else self._down(product)

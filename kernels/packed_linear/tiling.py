@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +14,10 @@ MIN_ROWS = 16
 
 @dataclass(frozen=True)
 class LinearTiling:
-    """Rows and outputs of a tile, inputs that are multiplied at a time, and how many of these are under way."""
+    """Rows and outputs of a tile, inputs that are multiplied at a time, and how many of these are under way.
+
+    outputs: of both matrices together, where a gated layer multiplies two.
+    """
 
     rows: int
     outputs: int
@@ -47,7 +51,7 @@ def choose_linear_tiling(rows: int, outputs: int, element_bytes: int, shared_mem
     shared_memory: bytes that a program may have.
     """
     if rows <= FEW_ROWS:
-        tile = max(MIN_ROWS, 1 << (rows - 1).bit_length())
+        tile = _height(rows)
         wide = LinearTiling(tile, 128, 64, 8, 4)
         if tile == FEW_ROWS and wide.programs(rows, outputs) >= MULTIPROCESSORS:
             return _fitting(wide, element_bytes, shared_memory)
@@ -56,8 +60,30 @@ def choose_linear_tiling(rows: int, outputs: int, element_bytes: int, shared_mem
         return _fitting(
             narrow if narrow.programs(rows, outputs) >= MULTIPROCESSORS else deep, element_bytes, shared_memory
         )
-    waves = [(-(-tiling.programs(rows, outputs) // MULTIPROCESSORS) * time, tiling) for tiling, time in MANY_ROWS]
-    return _fitting(min(waves, key=lambda of_tiling: of_tiling[0])[1], element_bytes, shared_memory)
+    return _fitting(_fewest_waves(rows, outputs, MANY_ROWS), element_bytes, shared_memory)
+
+
+@cache
+def choose_gated_tiling(rows: int, inner: int, element_bytes: int, shared_memory: int) -> LinearTiling:
+    """The same for a gated layer of `inner` outputs: half a tile's outputs are the gate's, 64 of them at least, as many
+    as the widest instructions of tensor cores take."""
+    if rows <= FEW_ROWS:
+        shallow, deep = (LinearTiling(_height(rows), 128, 64, 4, stages) for stages in (4, 8))
+        chosen = shallow if shallow.programs(rows, 2 * inner) >= MULTIPROCESSORS else deep
+        return _fitting(chosen, element_bytes, shared_memory)
+    wide = tuple(of_tiling for of_tiling in MANY_ROWS if of_tiling[0].outputs == 128)
+    return _fitting(_fewest_waves(rows, 2 * inner, wide), element_bytes, shared_memory)
+
+
+def _height(rows: int) -> int:
+    """The smallest tile that holds few rows."""
+    return max(MIN_ROWS, 1 << (rows - 1).bit_length())
+
+
+def _fewest_waves(rows: int, outputs: int, tilings: Sequence[tuple[LinearTiling, float]]) -> LinearTiling:
+    """The tiling whose waves over the multiprocessors take least."""
+    waves = [(-(-tiling.programs(rows, outputs) // MULTIPROCESSORS) * time, tiling) for tiling, time in tilings]
+    return min(waves, key=lambda of_tiling: of_tiling[0])[1]
 
 
 def _fitting(tiling: LinearTiling, element_bytes: int, shared_memory: int) -> LinearTiling:

@@ -1,4 +1,7 @@
-"""The linear layer as PyTorch's libraries compute it, on any device; a row's bits may depend on the number of rows."""
+"""Linear and gated linear layers as PyTorch's libraries compute them, on any device.
+
+A row's bits may depend on the number of rows.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +37,14 @@ class TorchLinear:
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x.bfloat16().to(x.dtype) if self._rounds else x
+
+
+class TorchGatedLinear:
+    """`kernels.blocks.GatedLinear` with activations of `dtype`."""
+
+    def __init__(self, gate_up: torch.Tensor, dtype: torch.dtype) -> None:
+        self._gate_up = TorchLinear(gate_up, None, dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return functional.silu(gate) * up

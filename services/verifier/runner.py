@@ -101,8 +101,10 @@ class Runner:
 
 
 def _chunk(plan: SequencePlan) -> Segment:
-    start = plan.sequence.cache.length
-    return Segment.chain(plan.sequence.cache, plan.sequence.tokens[start : plan.chunk_end], start)
+    """Of the prompt; and of the output, where it is computed once more: the prompt's last token was the first root."""
+    sequence, start = plan.sequence, plan.sequence.cache.length
+    tokens = sequence.tokens[start : plan.chunk_end]
+    return Segment.chain(sequence.cache, tokens, start, decoded_from=len(sequence.request.prompt) - 1)
 
 
 def _tree(plan: SequencePlan, draft: MergedDraft) -> Segment:

@@ -71,6 +71,17 @@ def test_lines_of_the_tables() -> None:
     assert gpu.step_line(16, times, floor_ms=3.0) == ["16", "3.600", "3.300", "9.000", "1.20", "1.10"]
 
 
+def test_a_peer_that_fails_costs_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing() -> float:
+        raise RuntimeError("no kernel for this shape")
+
+    assert gpu.or_failure("flex attention", lambda: 2.0) == 2.0
+    failed = gpu.or_failure("flex attention", failing)
+    assert "flex attention failed: no kernel for this shape" in capsys.readouterr().err
+    line = gpu.attention_line(1024, 8, {"ours": 0.001, "flex attention": failed}, moved=2_000_000, rate=4e12)
+    assert line == ["1024", "8", "0.0010", "fails", "2.00", "50%"]
+
+
 def test_without_a_device_it_says_so_and_fails(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.md")],

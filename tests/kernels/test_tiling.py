@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.packed_linear.tiling import FEW_ROWS, LinearTiling, choose_linear_tiling
+from kernels.packed_linear.tiling import FEW_ROWS, LinearTiling, choose_gated_tiling, choose_linear_tiling
 from kernels.tree_attention.tiling import Splits, Tiling, choose_tiling
 
 
@@ -47,11 +47,13 @@ HOPPER, AMPERE = 227 * 1024, 99 * 1024
 @pytest.mark.parametrize("outputs", [8, 4096, 12288, 128_256])
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 200, 256, 5000])
 def test_tiles_of_a_linear_layer_fit(rows: int, outputs: int, shared_memory: int) -> None:
-    tiling = choose_linear_tiling(rows, outputs, 2, shared_memory)
-    assert tiling.shared_bytes(2) <= shared_memory
-    assert tiling.stages >= 2
-    if rows <= FEW_ROWS:
-        assert tiling.programs(rows, outputs) == -(-outputs // tiling.outputs), "weights are read once"
+    gated = choose_gated_tiling(rows, outputs, 2, shared_memory)
+    for tiling in (choose_linear_tiling(rows, outputs, 2, shared_memory), gated):
+        assert tiling.shared_bytes(2) <= shared_memory
+        assert tiling.stages >= 2
+        if rows <= FEW_ROWS:
+            assert tiling.programs(rows, outputs) == -(-outputs // tiling.outputs), "weights are read once"
+    assert gated.outputs == 128, "the gate's 64 and as many"
 
 
 def test_tiles_of_a_linear_layer_follow_its_shape() -> None:

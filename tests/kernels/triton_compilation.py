@@ -11,10 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from kernels.gated_product import triton as product
 from kernels.kv_compaction import triton as compaction
 from kernels.packed_linear import triton as linear
-from kernels.packed_linear.tiling import choose_linear_tiling
+from kernels.packed_linear.tiling import choose_gated_tiling, choose_linear_tiling
 from kernels.rms_norm import triton as norm
 from kernels.rotated_write import triton as write
 from kernels.tree_attention.own_entries_kernel import own_entries_kernel
@@ -141,16 +140,21 @@ def test_attention_compiles_and_fits(
         (4096, 32000, "fp16", AMPERE),
     ],
 )
-def test_linear_compiles_and_fits(rows: int, outputs: int, dtype: str, capability: int, tmp_path: Path) -> None:
-    tiling = choose_linear_tiling(rows, outputs, ELEMENT_BYTES[dtype], SHARED_MEMORY[capability])
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_compiles_and_fits(
+    rows: int, outputs: int, dtype: str, capability: int, gated: bool, tmp_path: Path
+) -> None:
+    choose = choose_gated_tiling if gated else choose_linear_tiling
+    tiling = choose(rows, outputs, ELEMENT_BYTES[dtype], SHARED_MEMORY[capability])
     types = dict.fromkeys(["x", "weight", "bias", "out"], f"*{dtype}")
     types |= dict.fromkeys(["rows", "outputs", "inputs"], "i32")
     constants = {
         "WHOLE": True,
-        "BIASED": True,
-        "ADDED": True,
+        "BIASED": not gated,
+        "ADDED": not gated,
+        "GATED": gated,
         "TILE_ROWS": tiling.rows,
-        "TILE_OUTPUTS": tiling.outputs,
+        "TILE_OUTPUTS": tiling.outputs // 2 if gated else tiling.outputs,
         "TILE_INPUTS": tiling.inputs,
         "DEPENDENT": capability >= HOPPER,
     }
@@ -193,11 +197,6 @@ def test_the_fused_operations_compile() -> None:
         in compile_kernel(
             norm._rms_norm_kernel, types, {"SIZE": 4096, "PADDED": 4096, "DEPENDENT": True}, HOPPER, 8
         ).asm
-    )
-    types = {"gate_up": "*bf16", "out": "*bf16", "size": "i32"}
-    assert (
-        "cubin"
-        in compile_kernel(product._gated_product_kernel, types, {"TILE": product.TILE, "DEPENDENT": False}, AMPERE).asm
     )
     types = dict.fromkeys(["qkv", "query", "keys", "values", "query_norm", "key_norm"], "*bf16")
     types |= {"slots": "*i64", "cos": "*fp32", "sin": "*fp32", "eps": "fp32"}

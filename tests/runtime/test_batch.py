@@ -39,6 +39,15 @@ def test_rows_behind_written_nodes_follow_them_in_the_cache() -> None:
     assert batch.prefix_lengths.tolist() == [14]
 
 
+def test_decoded_tokens_of_a_chain_are_trees_of_one_node() -> None:
+    sequence = CachedSequence(blocks=[0])
+    for decoded_from, masks in ((None, [0, 0, 0]), (9, [0, 0, 0]), (6, [0, 1, 1]), (2, [1, 1, 1])):
+        batch = FlatBatch.of([Segment.chain(sequence, [1, 2, 3], 5, decoded_from)], CPU)
+        assert batch.masks.flatten().tolist() == masks
+        assert batch.prefix_lengths.tolist() == [6 - masks[0], 7 - masks[1], 8 - masks[2]]
+        assert batch.positions.tolist() == [5, 6, 7]
+
+
 def test_long_masks_take_as_many_words_as_the_longest() -> None:
     sequence = CachedSequence(blocks=list(range(12)))
     masks = [1, 1 | 1 << 63, 1 << 64 | 3, 1 << 130 | 1 << 64]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,16 @@ import torch
 from kernels.backend import RequestedName
 from runtime.batch import FlatBatch, Segment
 from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache
-from runtime.step_graph import MAX_ROWS, Compute, StaticBatch, StepGraphs, StepShape, bucket, plain_call
+from runtime.step_graph import (
+    MAX_ROWS,
+    Compute,
+    StaticBatch,
+    StepGraphs,
+    StepShape,
+    bucket,
+    plain_call,
+    without_collection,
+)
 from runtime.transformer import LoadOptions, Transformer
 from speculation.tree import TokenTree
 from tests.tiny_models import VOCAB, write_model
@@ -182,6 +193,34 @@ def test_padding_sees_nothing_and_writes_to_the_scratch_slot() -> None:
     assert static.wanted.tolist() == [2, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_nothing_is_collected_during_a_capture() -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.itself = self
+            weakref.finalize(self, destroyed.append, True)
+
+    def capture_failing() -> None:
+        with without_collection():
+            Graph()
+            containers = [[number] for number in range(1000)]  # each may start a collection
+            assert len(containers) == 1000
+            assert not destroyed
+            raise RuntimeError("in a capture")
+
+    before, thresholds = gc.isenabled(), gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for enabled in (True, False):
+            destroyed: list[bool] = []
+            (gc.enable if enabled else gc.disable)()
+            with pytest.raises(RuntimeError, match="in a capture"):
+                capture_failing()
+            assert gc.isenabled() == enabled
+    finally:
+        gc.set_threshold(*thresholds)
+        (gc.enable if before else gc.disable)()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_captured_steps_equal_eager_ones_on_the_gpu(folder: Path) -> None:
@@ -224,4 +263,11 @@ def test_trees_on_the_gpu_have_the_logits_of_plain_decoding(folder: Path) -> Non
                     plain = tree_segment(cache, prompts[-1], TokenTree((tree.token_ids[step],), (-1,)), prompt + depth)
                     logits = model.step([plain], [0], cache)[0]
                     assert torch.equal(logits, together[first + step]), (prompt, len(tree), depth)
+                # A sequence that gave its blocks back is computed once more: prompt and output in one chunk.
+                again = CachedSequence()
+                cache.reserve(again, prompt + len(path))
+                whole = [*tokens, *(tree.token_ids[step] for step in path)]
+                logits = model.step([Segment.chain(again, whole, 0, decoded_from=prompt)], [len(whole) - 1], cache)[0]
+                assert torch.equal(logits, together[first + node]), "computed once more"
+                cache.release(again)
             first += len(tree)
