@@ -40,17 +40,16 @@ def _own_entries(
 
 
 @triton.jit
-def _load_splits(
-    partial, maxima, sums, split, splits, lines, line, dim, HEAD_DIM: tl.constexpr
-):  # fmt: skip
-    """maximum and sum [CHUNK] and unscaled result [CHUNK, DIM_PADDED] of some splits of a line."""
+def _load_splits(partial, maxima, sums, split, splits, lines, line, dim, HEAD_DIM: tl.constexpr):
+    """Maxima and sums [CHUNK] and unscaled results [CHUNK, DIM_PADDED] of some splits of a line."""
     there = split < splits
     place = split * lines + line
-    maximum = tl.load(maxima + place, mask=there, other=float("-inf"))
-    own_sum = tl.load(sums + place, mask=there, other=0.0)
     place_ok = there[:, None] & (dim[None, :] < HEAD_DIM)
-    result = tl.load(partial + place[:, None] * HEAD_DIM + dim[None, :], mask=place_ok, other=0.0)
-    return maximum, own_sum, result
+    return (
+        tl.load(maxima + place, mask=there, other=float("-inf")),
+        tl.load(sums + place, mask=there, other=0.0),
+        tl.load(partial + place[:, None] * HEAD_DIM + dim[None, :], mask=place_ok, other=0.0),
+    )
 
 
 @triton.jit
@@ -130,7 +129,7 @@ def own_entries_kernel(
     let_next_kernel_start(DEPENDENT)
     for first in range(0, splits, CHUNK):
         split = first + tl.arange(0, CHUNK)
-        own_maxima, own_sums, results = _load_splits(partial, maxima, sums, split, splits, lines, line, dim, HEAD_DIM)
-        highest, total, joined = _join(highest, total, joined, own_maxima, own_sums, results)
+        of_splits = _load_splits(partial, maxima, sums, split, splits, lines, line, dim, HEAD_DIM)
+        highest, total, joined = _join(highest, total, joined, of_splits[0], of_splits[1], of_splits[2])
     joined = joined / tl.where(total == 0.0, 1.0, total)
     tl.store(out + line * HEAD_DIM + dim, joined.to(out.dtype.element_ty), mask=dim < HEAD_DIM)

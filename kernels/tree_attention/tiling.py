@@ -25,8 +25,9 @@ OWN_LAG = 16
 
 @dataclass(frozen=True)
 class Splits:
-    """Keys of a split, by what a row sees: the least of least, 2 least, 4 least, ..., most whose `parts` hold the row's
-    prefix, and `most` for a row without a mask: those of a prompt chunk are many, and need no splits to be shared out.
+    """Keys of a split, by what a row sees: the least of least, 2 least, 4 least, ..., most whose `parts` hold what is
+    in front of the row's own entries, and `most` for a row without a mask: those of a prompt chunk are many, and need
+    no splits to be shared out.
 
     least, most: multiples of tile_keys, most = least * 2**doublings.
     """
