@@ -99,6 +99,8 @@ def accept(rule: AcceptanceRule, draft: MergedDraft, log_probs_of: LogProbsOf, *
 
 def accept_chosen(tree: TokenTree, chosen: Sequence[int]) -> Accepted:
     """Follow the LLM's choices, of which chosen[i] is the token behind node i of the tree."""
+    if len(chosen) == 1:  # plain decoding, which many sequences at once do
+        return Accepted((), (chosen[0],))
     return _follow(tree, lambda node, _path: chosen[node])
 
 

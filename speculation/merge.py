@@ -25,6 +25,12 @@ class MergedDraft:
     maps: tuple[tuple[int, ...], ...]
 
     @classmethod
+    def root_only(cls, token_id: int) -> MergedDraft:
+        """The draft of plain decoding."""
+        tree = TokenTree.root_only(token_id)
+        return cls(tree, (tree,), ((0,),))
+
+    @classmethod
     def single(
         cls, tree: TokenTree, nodes: Sequence[int] | None = None, confidences: Sequence[float] | None = None
     ) -> MergedDraft:

@@ -137,7 +137,7 @@ class DraftCollector:
         """A draft for every sequence that decodes, by sequence id; one node where nobody drafted in time."""
         drafts = self.budget.merge(asked.ask, asked.wishes, self._receive(asked) if asked.sources else None)
         decoding = [plan.sequence for plan in asked.plans if plan.decodes]
-        return {sequence.id: drafts.get(sequence.id) or _no_draft(sequence) for sequence in decoding}
+        return {s.id: drafts.get(s.id) or MergedDraft.root_only(s.tokens[-1]) for s in decoding}
 
     def forget(self, sequence: Sequence) -> None:
         self.budget.forget(sequence.id)
@@ -171,7 +171,3 @@ class DraftCollector:
             for sequence_id, drafted in source.receive(asked.step, asked.deadline).items():
                 trees.setdefault(sequence_id, []).extend(drafted)
         return trees
-
-
-def _no_draft(sequence: Sequence) -> MergedDraft:
-    return MergedDraft.single(TokenTree.root_only(sequence.tokens[-1]))

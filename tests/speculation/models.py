@@ -74,7 +74,7 @@ def best_first_drafter(
 def no_draft(root: int, position: int, seed: int) -> MergedDraft:
     """Plain decoding."""
     del position, seed
-    return MergedDraft.single(TokenTree.root_only(root))
+    return MergedDraft.root_only(root)
 
 
 def step(rule: AcceptanceRule, llm: torch.Tensor, draft: MergedDraft, seed: int, position: int) -> Accepted:

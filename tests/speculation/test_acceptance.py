@@ -109,7 +109,7 @@ def test_choose_tokens_is_the_rule() -> None:
     llm = markov_model(1, 7)
     chosen = choose_tokens(llm, 5, range(10, 17))
     for row, position in enumerate(range(10, 17)):
-        draft = MergedDraft.single(TokenTree.root_only(row))
+        draft = MergedDraft.root_only(row)
         assert step(SHARED_NOISE, llm, draft, 5, position).token_ids == (int(chosen[row]),)
 
 

@@ -149,7 +149,7 @@ def test_mss_has_the_models_distribution_with_every_combination(sources: tuple[s
             trees = trees_of(service.answer(1, message))
             for tree in trees:
                 contributed[tree.source] += len(tree) - 1
-            root = MergedDraft.single(TokenTree.root_only(tokens[-1]))
+            root = MergedDraft.root_only(tokens[-1])
             draft = merge_trees(trees, max_nodes) if trees else root
             fresh = step(MSS, LLM, draft, seed, len(tokens)).token_ids
             tokens.extend(fresh)
