@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.kv_cache import CachedSequence, slot
 
@@ -91,37 +93,45 @@ class FlatBatch:
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> FlatBatch:
         """Lay the segments out one behind the other. Every cache must have the blocks that its rows write."""
-        integers = np.array(
-            [
-                [token for s in segments for token in s.token_ids],
-                [position for s in segments for position in s.positions],
-                [place for s in segments for place in s.slots()],
-            ],
-            dtype=np.int64,
-        )
-        small = np.array(
-            [
-                [index for index, s in enumerate(segments) for _ in s.token_ids],
-                [length for s in segments for length in s.prefix_lengths],
-            ],
-            dtype=np.int32,
-        )
+        wide, narrow, masks, tables = (torch.from_numpy(array).to(device) for array in HostBatch.of(segments))
+        token_ids, positions, slots = wide.unbind()
+        row_sequences, prefix_lengths = narrow.unbind()
+        return cls(token_ids, positions, slots, row_sequences, prefix_lengths, masks, tables)
+
+
+class HostBatch(NamedTuple):
+    """A flat batch on its way to the device: few arrays, each of which is one copy.
+
+    wide: int64 [3, rows], tokens, positions and slots. narrow: int32 [2, rows], sequences and prefix lengths.
+    """
+
+    wide: NDArray[np.int64]
+    narrow: NDArray[np.int32]
+    masks: NDArray[np.int64]
+    block_tables: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> HostBatch:
+        """See FlatBatch.of."""
+        wide = [
+            [token for s in segments for token in s.token_ids],
+            [position for s in segments for position in s.positions],
+            [place for s in segments for place in s.slots()],
+        ]
+        narrow = [
+            [index for index, s in enumerate(segments) for _ in s.token_ids],
+            [length for s in segments for length in s.prefix_lengths],
+        ]
         blocks = max(len(s.cache.blocks) for s in segments)
-        tables = np.array([s.cache.blocks + [0] * (blocks - len(s.cache.blocks)) for s in segments], dtype=np.int32)
-        token_ids, positions, slots = torch.from_numpy(integers).to(device).unbind()
-        row_sequences, prefix_lengths = torch.from_numpy(small).to(device).unbind()
         return cls(
-            token_ids,
-            positions,
-            slots,
-            row_sequences,
-            prefix_lengths,
-            torch.from_numpy(_mask_words([mask for s in segments for mask in s.masks])).to(device),
-            torch.from_numpy(tables).to(device),
+            np.array(wide, dtype=np.int64),
+            np.array(narrow, dtype=np.int32),
+            _mask_words([mask for s in segments for mask in s.masks]),
+            np.array([s.cache.blocks + [0] * (blocks - len(s.cache.blocks)) for s in segments], dtype=np.int32),
         )
 
 
-def _mask_words(masks: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+def _mask_words(masks: Sequence[int]) -> NDArray[np.int64]:
     """[masks, words]: the bits of each, the lowest 64 first; as few words as hold the longest."""
     words = -(-max(masks, default=0).bit_length() // WORD) or 1
     if words == 1:

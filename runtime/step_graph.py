@@ -15,15 +15,13 @@ from typing import Protocol
 import torch
 
 from kernels.backend import Backend
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import FlatBatch, HostBatch, Segment
 from runtime.config import ModelConfig
 from runtime.kv_cache import SCRATCH_ENTRIES, KVCache, longest_sequence_blocks
 
 MAX_ROWS = 256
 MIN_BLOCKS = 64
 MASK_WORDS = (1, -(-SCRATCH_ENTRIES // 64))
-
-_CPU = torch.device("cpu")
 
 Compute = Callable[[], None]
 Capture = Callable[[Compute], Compute]
@@ -118,13 +116,15 @@ class StaticBatch:
         host, rows = self._host_batch, 0
         host["row_sequences"].fill(0)
         if segments:
-            given = {name: tensor.numpy() for name, tensor in vars(FlatBatch.of(segments, _CPU)).items()}
-            (rows, words), (sequences, blocks) = given["masks"].shape, given["block_tables"].shape
-            for name in ("token_ids", "positions", "slots", "row_sequences", "prefix_lengths"):
-                host[name][:rows] = given[name]
-            host["masks"][:rows, :words] = given["masks"]
+            wide, narrow, masks, tables = HostBatch.of(segments)
+            (rows, words), (sequences, blocks) = masks.shape, tables.shape
+            for name, row in zip(("token_ids", "positions", "slots"), wide, strict=True):
+                host[name][:rows] = row
+            for name, row in zip(("row_sequences", "prefix_lengths"), narrow, strict=True):
+                host[name][:rows] = row
+            host["masks"][:rows, :words] = masks
             host["masks"][:rows, words:] = 0
-            host["block_tables"][:sequences, :blocks] = given["block_tables"]
+            host["block_tables"][:sequences, :blocks] = tables
             host["row_sequences"][rows:] = sequences - 1
         for name in ("token_ids", "positions", "prefix_lengths", "masks"):
             host[name][rows:] = 0
