@@ -101,26 +101,29 @@ def _choose_on_device(
     logits: StepLogits,
     sampling_rule: AcceptanceRule,
 ) -> dict[int, list[int]]:
-    plain = any(sequence.pipeline.plain_argmax for sequence in sequences)
-    argmax = logits.trees.argmax(-1) if plain else logits.trees.new_empty(0, dtype=torch.int64)
-    parts: dict[int, torch.Tensor] = {}
+    parts: list[torch.Tensor] = []  # what comes back, one behind the other
+    places: dict[int, range] = {}  # of each sequence's tokens there
+    chosen = 0
+    if any(sequence.pipeline.plain_argmax for sequence in sequences):
+        parts.append(logits.trees.argmax(-1))  # of all rows: to leave some out takes longer
+        chosen = len(logits.trees)
     drawn: list[tuple[Sequence, TokenTree]] = []
     for sequence in sequences:
         tree, start = drafts[sequence.id].tree, logits.tree_starts[sequence.id]
         if sequence.pipeline.plain_argmax:
-            parts[sequence.id] = argmax[start : start + len(tree)]
+            places[sequence.id] = range(start, start + len(tree))
         elif _is_plain_draw(sequence, sampling_rule):
             drawn.append((sequence, tree))
         elif resolve_rule(sampling_rule, sequence.request.sampling) is not AcceptanceRule.MSS:
-            parts[sequence.id] = _choose_processed(sequence, tree, logits.trees[start : start + len(tree)])
+            parts.append(_choose_processed(sequence, tree, logits.trees[start : start + len(tree)]))
+            places[sequence.id] = range(chosen, chosen := chosen + len(tree))
     if drawn:
         draws = _Draws.behind(drawn, logits)
-        behind = draw_behind(logits.trees, draws.rows, draws.temperatures, draws.seeds, draws.positions)
-        parts |= zip(draws.sequence_ids, behind.split(draws.counts), strict=True)
-    if not parts:
-        return {}
-    tokens = torch.cat(list(parts.values())).cpu().split([len(part) for part in parts.values()])
-    return {sequence_id: own.tolist() for sequence_id, own in zip(parts, tokens, strict=True)}
+        parts.append(draw_behind(logits.trees, draws.rows, draws.temperatures, draws.seeds, draws.positions))
+        for sequence_id, count in zip(draws.sequence_ids, draws.counts, strict=True):
+            places[sequence_id] = range(chosen, chosen := chosen + count)
+    tokens = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist() if parts else []
+    return {sequence_id: tokens[place.start : place.stop] for sequence_id, place in places.items()}
 
 
 def _is_plain_draw(sequence: Sequence, sampling_rule: AcceptanceRule) -> bool:
