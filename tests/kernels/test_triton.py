@@ -47,14 +47,14 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton ha
 
 
 @needs_triton
-@pytest.mark.parametrize(("cases", "at_least"), [("triton_cases.py", 177), ("triton_growth_cases.py", 24)])
+@pytest.mark.parametrize(("cases", "at_least"), [("triton_cases.py", 157), ("triton_growth_cases.py", 24)])
 def test_in_the_interpreter(cases: str, at_least: int) -> None:
     run_cases(cases, at_least, interpret=True)
 
 
 @needs_triton
 def test_for_gpus_that_are_not_there() -> None:
-    run_cases("triton_compilation.py", at_least=29)
+    run_cases("triton_compilation.py", at_least=22)
 
 
 @pytest.mark.gpu

@@ -78,7 +78,7 @@ WIDE_TILINGS = [CHOSEN_BY_SHAPE, Tiling(16, 32, Splits(64, 0, 1)), Tiling(16, 32
 LONG = [
     Shape(heads=2, kv_heads=1, head_dim=64, block_size=16, trees=((700, 9), (255, 3), (256, 2), (20, 1))),
     Shape(heads=16, kv_heads=16, head_dim=8, block_size=16, trees=((1100, 2), (20, 0))),
-    Shape(heads=2, kv_heads=2, head_dim=128, block_size=16, trees=((513, 65), (300, 0)), words=2),
+    Shape(heads=2, kv_heads=2, head_dim=128, block_size=16, trees=((513, 65), (130, 0)), words=2),
 ]
 CASES = [
     *((shape, tiling) for shape in SMALL for tiling in TILINGS),
@@ -211,7 +211,7 @@ def test_a_node_gets_the_bits_that_it_gets_when_its_path_is_accepted(
 
 
 # inputs and outputs that fill no tile, several of each
-LINEARS = [(16, 8), (100, 33), (128, 64), (257, 130), (640, 200)]
+LINEARS = [(16, 8), (257, 130), (640, 200)] if INTERPRETED else [(16, 8), (100, 33), (128, 64), (257, 130), (640, 200)]
 LINEAR_DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 LINEAR_TILINGS = [
     None,
