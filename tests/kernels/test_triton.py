@@ -47,7 +47,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton ha
 
 
 @needs_triton
-@pytest.mark.parametrize(("cases", "at_least"), [("triton_cases.py", 157), ("triton_growth_cases.py", 24)])
+@pytest.mark.parametrize(
+    ("cases", "at_least"), [("triton_cases.py", 125), ("triton_linear_cases.py", 33), ("triton_growth_cases.py", 24)]
+)
 def test_in_the_interpreter(cases: str, at_least: int) -> None:
     run_cases(cases, at_least, interpret=True)
 
@@ -59,7 +61,9 @@ def test_for_gpus_that_are_not_there() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("cases", "at_least"), [("triton_cases.py", 251), ("triton_growth_cases.py", 28)])
+@pytest.mark.parametrize(
+    ("cases", "at_least"), [("triton_cases.py", 145), ("triton_linear_cases.py", 107), ("triton_growth_cases.py", 28)]
+)
 @pytest.mark.timeout(GPU_TIMEOUT_S + 60)
 def test_on_the_gpu(cases: str, at_least: int) -> None:
     run_cases(cases, at_least, timeout_s=GPU_TIMEOUT_S)
