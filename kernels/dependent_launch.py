@@ -3,8 +3,8 @@
 """Programmatic dependent launch of Triton kernels (CUDA C++ Programming Guide, from compute capability 9.0 on): the
 programs of a kernel are placed while the last ones of the kernel before still run, and wait for them when they have to.
 
-The rule of this house: every kernel that takes part waits before it lets its own successor start. So whatever was
-written two kernels ago may be read before the wait, and nothing may be written before it.
+Every kernel that takes part waits before it lets its own successor start. So whatever was written two kernels ago may
+be read before the wait, and nothing may be written before it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ FIRST_CAPABILITY = 9
 
 @triton.jit
 def wait_for_kernel_before(DEPENDENT: tl.constexpr):
-    """Returns when the kernel before has ended and its results can be read."""
+    """Returns when the kernel before has ended and its results can be read; then the next one's programs may be placed
+    beside those of this one.
+    """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def let_next_kernel_start(DEPENDENT: tl.constexpr):
-    """Behind the wait: the next kernel's programs may be placed beside those of this one."""
-    if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 

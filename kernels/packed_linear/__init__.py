@@ -1,1 +1,1 @@
-"""Linear layers whose rows do not depend on each other."""
+"""Linear and gated linear layers; a row of the native and the Triton ones does not depend on the others."""

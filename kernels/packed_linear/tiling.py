@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+
+from kernels.tree_attention.tiling import MIN_DOT, power_of_two
 
 # Of a large GPU. The tiles decide on speed alone: see the kernel.
 MULTIPROCESSORS = 132
 FEW_ROWS = 64
-MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,9 @@ def choose_linear_tiling(rows: int, outputs: int, element_bytes: int, shared_mem
         if tile == FEW_ROWS and wide.programs(rows, outputs) >= MULTIPROCESSORS:
             return _fitting(wide, element_bytes, shared_memory)
         narrow = LinearTiling(tile, 64, 128, 4, 3)
-        deep = LinearTiling(tile, 64, 128, 4, 6)
-        return _fitting(
-            narrow if narrow.programs(rows, outputs) >= MULTIPROCESSORS else deep, element_bytes, shared_memory
-        )
+        if narrow.programs(rows, outputs) < MULTIPROCESSORS:
+            narrow = replace(narrow, stages=6)
+        return _fitting(narrow, element_bytes, shared_memory)
     return _fitting(_fewest_waves(rows, outputs, MANY_ROWS), element_bytes, shared_memory)
 
 
@@ -68,16 +68,17 @@ def choose_gated_tiling(rows: int, inner: int, element_bytes: int, shared_memory
     """The same for a gated layer of `inner` outputs: half a tile's outputs are the gate's, 64 of them at least, as many
     as the widest instructions of tensor cores take."""
     if rows <= FEW_ROWS:
-        shallow, deep = (LinearTiling(_height(rows), 128, 64, 4, stages) for stages in (4, 8))
-        chosen = shallow if shallow.programs(rows, 2 * inner) >= MULTIPROCESSORS else deep
-        return _fitting(chosen, element_bytes, shared_memory)
+        tiling = LinearTiling(_height(rows), 128, 64, 4, 4)
+        if tiling.programs(rows, 2 * inner) < MULTIPROCESSORS:
+            tiling = replace(tiling, stages=8)
+        return _fitting(tiling, element_bytes, shared_memory)
     wide = tuple(of_tiling for of_tiling in MANY_ROWS if of_tiling[0].outputs == 128)
     return _fitting(_fewest_waves(rows, 2 * inner, wide), element_bytes, shared_memory)
 
 
 def _height(rows: int) -> int:
     """The smallest tile that holds few rows."""
-    return max(MIN_ROWS, 1 << (rows - 1).bit_length())
+    return max(MIN_DOT, power_of_two(rows))
 
 
 def _fewest_waves(rows: int, outputs: int, tilings: Sequence[tuple[LinearTiling, float]]) -> LinearTiling:
@@ -89,5 +90,4 @@ def _fewest_waves(rows: int, outputs: int, tilings: Sequence[tuple[LinearTiling,
 def _fitting(tiling: LinearTiling, element_bytes: int, shared_memory: int) -> LinearTiling:
     """The tiling with as many stages as fit."""
     per_stage = tiling.shared_bytes(element_bytes) // tiling.stages
-    stages = max(1, min(tiling.stages, shared_memory // per_stage))
-    return LinearTiling(tiling.rows, tiling.outputs, tiling.inputs, tiling.warps, stages)
+    return replace(tiling, stages=max(1, min(tiling.stages, shared_memory // per_stage)))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import check_tensor
-from kernels.dependent_launch import dependent_launch, let_next_kernel_start, wait_for_kernel_before
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_before
 from kernels.packed_linear.tiling import LinearTiling, choose_gated_tiling, choose_linear_tiling
 
 COMPILER_OPTIONS = {"enable_fp_fusion": False}
@@ -46,7 +46,6 @@ def _linear_kernel(
     DEPENDENT: tl.constexpr,
 ):
     wait_for_kernel_before(DEPENDENT)
-    let_next_kernel_start(DEPENDENT)
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     output = tl.program_id(1) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     column = tl.arange(0, TILE_INPUTS)

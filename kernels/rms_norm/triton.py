@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import check_tensor
-from kernels.dependent_launch import dependent_launch, let_next_kernel_start, wait_for_kernel_before
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_before
 
 COMPILER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
@@ -17,7 +17,6 @@ COMPILER_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 @triton.jit
 def _rms_norm_kernel(hidden, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr):
     wait_for_kernel_before(DEPENDENT)
-    let_next_kernel_start(DEPENDENT)
     column = tl.arange(0, PADDED)
     inside = column < SIZE
     place = tl.program_id(0).to(tl.int64) * SIZE + column

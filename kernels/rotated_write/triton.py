@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.blocks import HeadNorms, check_tensor
-from kernels.dependent_launch import dependent_launch, let_next_kernel_start, wait_for_kernel_before
+from kernels.dependent_launch import dependent_launch, wait_for_kernel_before
 
 # Heads of a program, at most: one alone is less work than starting a program.
 HEAD_TILE = 16
@@ -37,7 +37,6 @@ def _rotated_write_kernel(
     DEPENDENT: tl.constexpr,
 ):
     wait_for_kernel_before(DEPENDENT)
-    let_next_kernel_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     dim = tl.arange(0, HALF_PADDED)

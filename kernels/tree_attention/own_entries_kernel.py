@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.dependent_launch import let_next_kernel_start, wait_for_kernel_before
+from kernels.dependent_launch import wait_for_kernel_before
 from kernels.tree_attention.rows import UNALIGNED, row_cuts, slots_of
 
 
@@ -126,7 +126,6 @@ def own_entries_kernel(
         scores = tl.where(seen, tl.sum(k * q[None, :], axis=1), float("-inf"))
         highest, total, joined = _join(highest, total, joined, scores, tl.where(seen, 1.0, 0.0), v)
     wait_for_kernel_before(DEPENDENT)
-    let_next_kernel_start(DEPENDENT)
     for first in range(0, splits, CHUNK):
         split = first + tl.arange(0, CHUNK)
         of_splits = _load_splits(partial, maxima, sums, split, splits, lines, line, dim, HEAD_DIM)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.dependent_launch import let_next_kernel_start, wait_for_kernel_before
+from kernels.dependent_launch import wait_for_kernel_before
 from kernels.tree_attention.rows import UNALIGNED, row_cuts, slots_of
 
 # Weights are at most 1: 64 lanes of less than 2^17 of them each fit an int64.
@@ -91,7 +91,6 @@ def split_kernel(
 ):
     """partial, maxima and sums of one split. Line m of a tile is a query head of a row, see below."""
     wait_for_kernel_before(DEPENDENT)
-    let_next_kernel_start(DEPENDENT)
     first = tl.program_id(0) * TILE_ROWS
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
