@@ -42,7 +42,8 @@ inline void shape_matrix_tiles() {
 }
 
 // Up to 32 rows of x times the 32 outputs of one block. x: [rows padded to kTileSide][row_words] pairs, packed:
-// [row_words][32] pairs, sums: [rows padded][32]; row_words is a multiple of kTileSide.
+// [row_words][32] pairs, sums: [rows padded][32]; row_words is a multiple of kTileSide. Weights `ahead` words behind those
+// that are used are fetched into the L2 cache, unless it is 0.
 //
 // Each sum is c + (e + o) over groups of 32 inputs, in their order, from c = 0: e is the chain of fmas over the group's
 // even inputs, o that over its odd ones, from 0 each, as the instruction has it.
@@ -60,18 +61,32 @@ inline void multiply_matrix_tiles(const std::uint32_t* x, std::int64_t row_words
   // GCC's loads of tiles declare that they read nothing: what was written to x and packed is in memory before them.
   asm volatile("" : : : "memory");
   for (std::int64_t word = 0; word < row_words; word += kTileSide, packed += kTileSide * kRow) {
-    for (std::int64_t line = 0; ahead && line < 2 * kTileSide; ++line)
-      __builtin_prefetch(packed + ahead + line * kTileSide, 0, 2);
-    _tile_loadd(4, x + word, stride);
+    const std::uint32_t *soon = packed + kTileSide * kRow, *later = packed + ahead;
+    asm volatile("" : "+r"(soon), "+r"(later));  // else GCC keeps each address of theirs in a register of its own
+    // Of the group that comes next and of a later one an eighth, between two other instructions: fetched all at once,
+    // they take every place of the lines under way, and the tiles of x, which come from the L2 cache, wait for one.
+    const auto fetch = [&](int part) {
+      for (std::int64_t line = 4 * part; line < 4 * (part + 1); ++line) {
+        __builtin_prefetch(soon + line * kTileSide, 0, 3);
+        if (ahead) __builtin_prefetch(later + line * kTileSide, 0, 2);
+      }
+    };
     _tile_loadd(6, packed, 4 * kRow);
-    _tile_loadd(7, packed + kTileSide, 4 * kRow);
+    fetch(0);
+    _tile_loadd(4, x + word, stride);
+    fetch(1);
     _tile_dpbf16ps(0, 4, 6);
+    fetch(2);
+    _tile_loadd(7, packed + kTileSide, 4 * kRow);
+    fetch(3);
     _tile_dpbf16ps(1, 4, 7);
-    if constexpr (TwoTiles) {
-      _tile_loadd(5, x + kTileSide * row_words + word, stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    fetch(4);
+    if constexpr (TwoTiles) _tile_loadd(5, x + kTileSide * row_words + word, stride);
+    fetch(5);
+    if constexpr (TwoTiles) _tile_dpbf16ps(2, 5, 6);
+    fetch(6);
+    if constexpr (TwoTiles) _tile_dpbf16ps(3, 5, 7);
+    fetch(7);
   }
   _tile_stored(0, sums, 4 * kRow);
   _tile_stored(1, sums + kTileSide, 4 * kRow);

@@ -209,20 +209,6 @@ void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int6
 }
 #endif
 
-// Where results go: bytes from one row to the next, and from one block's part of a row to the next one's.
-struct Results {
-  const void* out;
-  std::int64_t row_bytes, block_bytes;
-
-  // Fetches the places of a block, which other cores have read since they were last written.
-  void fetch(std::int64_t row, std::int64_t row_end, std::int64_t block) const {
-    for (; row < row_end; ++row) {
-      const char* place = static_cast<const char*>(out) + row * row_bytes + block * block_bytes;
-      for (std::int64_t byte = 0; byte < block_bytes; byte += kCacheLine) __builtin_prefetch(place + byte, 1);
-    }
-  }
-};
-
 // How a product is cut into items: so many blocks of so many rows.
 struct Cut {
   std::int64_t row_items, block_items, item_blocks;
@@ -241,11 +227,10 @@ struct Cut {
   }
 };
 
-// finish(row, block, sums [kBlock]) takes each result to `results`, next(first row, end of rows, first block, end of
-// blocks) all those of an item, which has a multiple of `multiple` blocks.
+// finish(row, block, sums [kBlock]) takes each result, next(first row, end of rows, first block, end of blocks) all those of
+// an item, which has a multiple of `multiple` blocks.
 template <Storage kStorage, class Finish, class Next>
-void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Results& results,
-                  const Finish& finish, const Next& next) {
+void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, const Finish& finish, const Next& next) {
   const Cut cut(p, multiple, pool.threads());
   const PreparedRows<kStorage> rows(pool, p.input, p.weights.inputs);
   const auto prepare = [&](int) {
@@ -260,10 +245,7 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
 #if SPECSERVE_MATRIX_TILES
     if constexpr (in_pairs(kStorage))
       if (in_tiles(kStorage)) {
-        for (std::int64_t b = block; b < block_end; ++b) {
-          results.fetch(first, end, b);
-          multiply_block_in_tiles(p, x, first, end - first, b, finish);
-        }
+        for (std::int64_t b = block; b < block_end; ++b) multiply_block_in_tiles(p, x, first, end - first, b, finish);
         return next(first, end, block, block_end);
       }
 #endif
@@ -273,22 +255,20 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
   });
 }
 
-template <class Out, class Finish, class Next>
+template <class Finish, class Next>
 void multiply(ThreadPool& pool, const LinearInput& input, const LinearWeights& weights, bool gated, std::int64_t multiple,
-              const Out* out, const Finish& finish, const Next& next) {
+              const Finish& finish, const Next& next) {
   if (input.rows == 0) return;
   const Product p{input, weights, words_for(weights.storage, weights.inputs), blocks_for(gated, weights.outputs)};
-  const std::int64_t size = sizeof(Out), row = gated ? weights.outputs / 2 : weights.outputs;
-  const Results results{out, row * size, (gated ? kLanes : kBlock) * size};
   switch (weights.storage) {
     case Storage::kFloat32:
-      return multiply_all<Storage::kFloat32>(pool, p, multiple, results, finish, next);
+      return multiply_all<Storage::kFloat32>(pool, p, multiple, finish, next);
     case Storage::kBFloat16:
-      return multiply_all<Storage::kBFloat16>(pool, p, multiple, results, finish, next);
+      return multiply_all<Storage::kBFloat16>(pool, p, multiple, finish, next);
     case Storage::kFloat16:
-      return multiply_all<Storage::kFloat16>(pool, p, multiple, results, finish, next);
+      return multiply_all<Storage::kFloat16>(pool, p, multiple, finish, next);
     case Storage::kInt8:
-      return multiply_all<Storage::kInt8>(pool, p, multiple, results, finish, next);
+      return multiply_all<Storage::kInt8>(pool, p, multiple, finish, next);
   }
 }
 
@@ -362,7 +342,7 @@ void packed_linear(ThreadPool& pool, const LinearInput& input, const LinearWeigh
   const auto use = [&](std::int64_t row, std::int64_t row_end, std::int64_t block, std::int64_t block_end) {
     if (next.use) next.use(row, row_end, block * kBlock, std::min(block_end * kBlock, weights.outputs));
   };
-  multiply(pool, input, weights, false, std::lcm(next.multiple, std::int64_t{kBlock}) / kBlock, out, finish, use);
+  multiply(pool, input, weights, false, std::lcm(next.multiple, std::int64_t{kBlock}) / kBlock, finish, use);
 }
 
 namespace {
@@ -383,7 +363,7 @@ void multiply_gated(ThreadPool& pool, const LinearInput& input, const LinearWeig
     }
     store_activation(gate / (1.0f + exp(-gate)) * up, out + row * units + unit, count);
   };
-  multiply(pool, input, weights, true, 1, out, finish, [](auto...) {});
+  multiply(pool, input, weights, true, 1, finish, [](auto...) {});
 }
 
 }  // namespace
