@@ -43,11 +43,16 @@ class Reliability:
         prior = _PRIOR_TREES * 2.0**-depth
         return min(max((hits + prior) / (promised + prior), _LEAST_RATIO), _MOST_RATIO)
 
+    def scales(self, source: str) -> list[float]:
+        """The logarithms of the ratios by depth; about deeper nodes nothing is known."""
+        if (scales := self._scales.get(source)) is None:
+            depths = range(len(self._counts.get(source, ())))
+            scales = self._scales[source] = [math.log(self.ratio(source, depth)) for depth in depths]
+        return scales
+
     def corrected(self, tree: TokenTree) -> list[float]:
         """The confidences as measurements make them; a child stays at most as sure as its parent."""
-        if (scales := self._scales.get(tree.source)) is None:
-            depths = range(len(self._counts.get(tree.source, ())))
-            scales = self._scales[tree.source] = [math.log(self.ratio(tree.source, depth)) for depth in depths]
+        scales = self.scales(tree.source)
         known = len(scales)
         depth, confidences = [0], [0.0]
         for parent, promised in zip(tree.parents[1:], promises(tree)[1:], strict=True):

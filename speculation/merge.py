@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from speculation.tree import InvalidTree, TokenTree
+from speculation.tree import MAX_NODES, InvalidTree, TokenTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +71,15 @@ class _Union:
     factors below one.
     """
 
-    def __init__(self, root_token: int) -> None:
-        self.token_ids = [root_token]
-        self.parents = [-1]
-        self.confidences = [0.0]
-        self._nodes: dict[tuple[int, int], int] = {}
+    def __init__(self, tree: TokenTree, confidences: Sequence[float]) -> None:
+        """Begins with the nodes of a tree, each at its own place."""
+        self.token_ids = list(tree.token_ids)
+        self.parents = list(tree.parents)
+        self.confidences = list(confidences)
+        self._nodes = dict(zip(zip(tree.parents, tree.token_ids, strict=True), range(len(tree)), strict=True))
 
     def add(self, tree: TokenTree, confidences: Sequence[float]) -> list[int]:
-        """Merged node of each node of the tree."""
+        """Merged node of each node of another tree."""
         mapping = [0]
         for token_id, parent, confidence in zip(tree.token_ids[1:], tree.parents[1:], confidences[1:], strict=True):
             above = mapping[parent]
@@ -128,32 +130,37 @@ def merge_trees(
         nodes of the union. Trees with sampled children lose whole levels, counted before duplicates are merged: the
         number of draws of a level does not depend on what was drawn there, so that multi-step speculative sampling
         stays unbiased.
-    confidences: of each tree without distributions, instead of its own.
+    confidences: of each tree without distributions, instead of its own; none above that of its parent.
 
     A tree without confidences counts with 2^-(sum over a node's path of 1 + place among its siblings).
 
     Raises:
         InvalidTree: no tree is given, the roots differ, or the union is larger than a tree may be.
     """
-    _check(trees, max_nodes)
+    check_mergeable(trees)
+    if max_nodes is not None and max_nodes < 0:
+        raise ValueError(f"max_nodes is {max_nodes}; it must be at least 0")
     if confidences is None and _is_merged(trees, max_nodes):
         return MergedDraft.single(trees[0])
     sampled = any(tree.distributions for tree in trees)
     if max_nodes is not None and sampled:
         trees = _cut_levels(trees, max_nodes)
-    union = _Union(trees[0].token_ids[0])
     if confidences is None:
         confidences = [tree.confidences or _rank_confidences(tree) for tree in trees]
-    mappings = [union.add(tree, own) for tree, own in zip(trees, confidences, strict=True)]
+    union = _Union(trees[0], confidences[0])
+    mappings: list[Sequence[int]] = [range(len(trees[0]))]
+    mappings += [union.add(tree, own) for tree, own in zip(trees[1:], confidences[1:], strict=True)]
     order = union.depth_first(max_nodes, by_confidence=not sampled)
+    check_size(order)
     final = [-1] * len(union.token_ids)
     for index, old in enumerate(order):
         final[old] = index
-    tree = TokenTree(
+    tree = TokenTree.of_sound_parts(
         tuple([union.token_ids[old] for old in order]),
         (-1, *[final[union.parents[old]] for old in order[1:]]),
-        source="+".join(dict.fromkeys(tree.source for tree in trees if tree.source)),
-        confidences=tuple([union.confidences[old] for old in order]),
+        {},
+        merged_source(trees),
+        tuple([union.confidences[old] for old in order]),
     )
     return MergedDraft(tree, tuple(trees), tuple(tuple([final[old] for old in mapping]) for mapping in mappings))
 
@@ -163,14 +170,30 @@ def _is_merged(trees: Sequence[TokenTree], max_nodes: int | None) -> bool:
     return len(trees) == 1 and bool(trees[0].confidences) and (max_nodes is None or len(trees[0]) <= max_nodes + 1)
 
 
-def _check(trees: Sequence[TokenTree], max_nodes: int | None) -> None:
+def merged_source(trees: Sequence[TokenTree]) -> str:
+    """The name of what trees were merged of."""
+    return _joined(tuple([tree.source for tree in trees]))
+
+
+@lru_cache(maxsize=64)
+def _joined(sources: Sequence[str]) -> str:
+    return "+".join(dict.fromkeys(filter(None, sources)))
+
+
+def check_size(nodes: Sequence[int]) -> None:
+    """Raises InvalidTree: a union has more nodes than a tree may have."""
+    if len(nodes) > MAX_NODES:
+        raise InvalidTree(f"the union of the trees has {len(nodes)} nodes; a tree has 1 to {MAX_NODES}")
+
+
+def check_mergeable(trees: Sequence[TokenTree]) -> None:
+    """Raises InvalidTree: there is no tree, or their roots differ."""
     if not trees:
         raise InvalidTree("no tree to merge; give TokenTree.root_only(last token) for an empty draft")
-    roots = {tree.token_ids[0] for tree in trees}
-    if len(roots) > 1:
-        raise InvalidTree(f"the trees have different roots {sorted(roots)}; they are drafts for different sequences")
-    if max_nodes is not None and max_nodes < 0:
-        raise ValueError(f"max_nodes is {max_nodes}; it must be at least 0")
+    root = trees[0].token_ids[0]
+    if any(tree.token_ids[0] != root for tree in trees):
+        roots = sorted({tree.token_ids[0] for tree in trees})
+        raise InvalidTree(f"the trees have different roots {roots}; they are drafts for different sequences")
 
 
 def _either(a: float, b: float) -> float:

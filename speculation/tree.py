@@ -106,8 +106,15 @@ class TokenTree:
         return tree
 
     def with_confidences(self, confidences: tuple[float, ...]) -> TokenTree:
-        """The same tree with other confidences."""
-        return TokenTree(self.token_ids, self.parents, self.distributions, self.source, confidences)
+        """The same tree with other confidences.
+
+        Raises:
+            InvalidTree: one of them is above its parent's or infinite.
+        """
+        tree = TokenTree.of_sound_parts(self.token_ids, self.parents, self.distributions, self.source, confidences)
+        if confidences and (unsoundness := tree._confidence_unsoundness()):
+            raise InvalidTree(unsoundness)
+        return tree
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check what came over the wire against the vocabulary.
@@ -213,11 +220,9 @@ class TokenTree:
         inner = set(parents)
         distributions = {new[old]: q for old, q in self.distributions.items() if new.get(old) in inner}
         tree = TokenTree.of_sound_parts(
-            tuple([self.token_ids[old] for old in nodes]), parents, distributions, self.source, confidences or own
+            tuple([self.token_ids[old] for old in nodes]), parents, distributions, self.source, own
         )
-        if confidences and (unsoundness := tree._confidence_unsoundness()):
-            raise InvalidTree(unsoundness)
-        return tree
+        return tree.with_confidences(confidences) if confidences else tree
 
 
 def are_sound(

@@ -11,6 +11,7 @@
 #include "draft_loop.h"
 #include "gumbel_noise.h"
 #include "rms_norm.h"
+#include "tree_merging.h"
 
 using namespace specserve;
 
@@ -124,6 +125,10 @@ void specserve_draw_tokens(const float* logits, std::int64_t vocab, std::int64_t
   Lease().pool().parallel_for(static_cast<int>(count), [&](int i) {
     tokens[i] = gumbel_argmax(logits + rows[i] * vocab, vocab, temperatures[i], seeds[i], positions[i]);
   });
+}
+
+void specserve_merge_trees(const ScaleTables* tables, const Drafts* drafts, std::int64_t sequences, const Unions* unions) {
+  merge_trees(*tables, *drafts, sequences, *unions);
 }
 
 // cache: [planes, slots, slot_bytes]; sources: [moves], and behind them as many targets.

@@ -15,10 +15,13 @@ from kernels.native.structures import (
     AttentionLayerStruct,
     DecoderStruct,
     DraftSequenceStruct,
+    DraftsStruct,
     GrownTreeStruct,
     KvCacheStruct,
     LinearStruct,
     MlpLayerStruct,
+    ScaleTablesStruct,
+    UnionsStruct,
 )
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -76,6 +79,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "specserve_gumbel_noise": (None, [c_uint64, c_int64, c_int64, c_void_p]),
     "specserve_draw_tokens": (None, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p]),
+    "specserve_merge_trees": (
+        None,
+        [POINTER(ScaleTablesStruct), POINTER(DraftsStruct), c_int64, POINTER(UnionsStruct)],
+    ),
     "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]),
 }
 

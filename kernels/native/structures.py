@@ -158,6 +158,44 @@ class GrownTreeStruct(Structure):
     )
 
 
+class ScaleTablesStruct(Structure):
+    """ScaleTables of tree_merging.h."""
+
+    _fields_ = (
+        ("starts", c_void_p),
+        ("scales", c_void_p),
+    )
+
+
+class DraftsStruct(Structure):
+    """Drafts of tree_merging.h."""
+
+    _fields_ = (
+        ("trees", c_void_p),
+        ("sizes", c_void_p),
+        ("tables", c_void_p),
+        ("union_tables", c_void_p),
+        ("most_nodes", c_void_p),
+        ("token_ids", c_void_p),
+        ("parents", c_void_p),
+        ("confidences", c_void_p),
+    )
+
+
+class UnionsStruct(Structure):
+    """Unions of tree_merging.h."""
+
+    _fields_ = (
+        ("sizes", c_void_p),
+        ("deepest", c_void_p),
+        ("token_ids", c_void_p),
+        ("parents", c_void_p),
+        ("confidences", c_void_p),
+        ("corrected", c_void_p),
+        ("maps", c_void_p),
+    )
+
+
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """The address of a tensor's data; None, C's null, for None.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kernels.native import native_available
+from kernels.tree_merging.native import Merged, merge_drafts
 from speculation.acceptance import Accepted
 from speculation.experience import Reliability
-from speculation.merge import MergedDraft, merge_trees
+from speculation.merge import MergedDraft, check_mergeable, check_size, merge_trees, merged_source
 from speculation.tree import TokenTree
 
 
@@ -16,21 +18,33 @@ from speculation.tree import TokenTree
 class Candidate:
     """What may be verified of one sequence's drafts, which choose their children without drawing.
 
-    merged: of several trees, None for a single one. confidences: of the nodes of `tree`. nodes: what is kept of them.
+    merged: of several trees, None for a single one. confidences: of the nodes of `tree`. deepest: level of all trees.
+    nodes: what is kept of `tree`.
     """
 
     tree: TokenTree
     merged: MergedDraft | None
     confidences: Sequence[float]
+    deepest: int
     nodes: Sequence[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, trees: Sequence[TokenTree], most_nodes: int, reliability: Reliability) -> Candidate:
         """The estimates of each tree are corrected, and those of their union again."""
+        deepest = max([max(tree.depths()) for tree in trees])
         if len(trees) == 1:
-            return cls(trees[0], None, reliability.corrected(trees[0]))
+            return cls(trees[0], None, reliability.corrected(trees[0]), deepest)
         merged = merge_trees(trees, most_nodes, [reliability.corrected(tree) for tree in trees])
-        return cls(merged.tree, merged, reliability.corrected(merged.tree))
+        return cls(merged.tree, merged, reliability.corrected(merged.tree), deepest)
+
+    @classmethod
+    def of_merged(cls, trees: Sequence[TokenTree], merged: Merged, source: str) -> Candidate:
+        """The same, of what was merged natively. source: of the union."""
+        if len(trees) == 1:
+            return cls(trees[0], None, merged.corrected, merged.deepest)
+        check_size(merged.token_ids)
+        tree = TokenTree.of_sound_parts(merged.token_ids, merged.parents, {}, source, merged.confidences)
+        return cls(tree, MergedDraft(tree, tuple(trees), merged.maps), merged.corrected, merged.deepest)
 
     @property
     def expected(self) -> float:
@@ -53,3 +67,26 @@ class Candidate:
         if self.merged is not None:
             reliability.learn(self.tree, self.nodes, {self.nodes[node] for node in path}, memory)
         self.confidences = reliability.corrected(self.tree)
+
+
+def make_candidates(
+    found: Mapping[int, Sequence[TokenTree]], most_nodes: Mapping[int, int], reliability: Reliability
+) -> dict[int, Candidate]:
+    """A candidate of the trees of each sequence, by its id; natively, in one call, where that is possible.
+
+    Raises:
+        InvalidTree: trees of a sequence have different roots, or more nodes together than a tree may have.
+    """
+    if not native_available() or not all(tree.confidences for trees in found.values() for tree in trees):
+        return {key: Candidate.of(trees, most_nodes[key], reliability) for key, trees in found.items()}
+    for trees in found.values():
+        check_mergeable(trees)
+    unions = [merged_source(trees) for trees in found.values()]
+    numbers: dict[str, int] = {}
+    tree_scales = [numbers.setdefault(tree.source, len(numbers)) for trees in found.values() for tree in trees]
+    union_scales = [numbers.setdefault(union, len(numbers)) for union in unions]
+    scales = [reliability.scales(source) for source in numbers]
+    bounds = [most_nodes[key] for key in found]
+    merged = merge_drafts(list(found.values()), bounds, scales, tree_scales, union_scales)
+    made = zip(found.items(), merged, unions, strict=True)
+    return {key: Candidate.of_merged(trees, union, source) for (key, trees), union, source in made}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.verifier.budget import Ask, DraftBudget, Wish
-from services.verifier.candidates import Candidate
+from services.verifier.candidates import Candidate, make_candidates
 from services.verifier.draft_chooser import DraftChooser, Reckoned
 from services.verifier.draft_options import IdleTrials, Option, Options, tamed
 from services.verifier.plain_runs import WARMING, PlainRuns
@@ -209,21 +209,24 @@ class MeasuredBudget(DraftBudget[_Step]):
         if step.option is None:
             return step.drafts
         step.answered = trees is not None
+        free: dict[int, list[TokenTree]] = {}
         for wish in wishes:
             if wish.id in step.nodes:
                 found = (trees or {}).get(wish.id, [])
-                step.depth += max([max(tree.depths()) for tree in found], default=0)
                 if wish.selection is not ChildSelection.SAMPLED:
-                    self._take(step, wish, found)
+                    self._may_teach(step, wish)
+                    if found:
+                        free[wish.id] = found
                 elif found:
+                    step.depth += max([max(tree.depths()) for tree in found])
                     step.drafts[wish.id] = merge_trees(found, step.nodes[wish.id])
+        step.candidates = make_candidates(free, step.nodes, self._reliability)
+        step.depth += sum([candidate.deepest for candidate in step.candidates.values()])
         step.drafting = step.option.cost.seconds(step.price.tokens, step.features)
         self._prune(step)
         return step.drafts
 
-    def _take(self, step: _Step, wish: Wish, trees: Sequence[TokenTree]) -> None:
-        if trees:
-            step.candidates[wish.id] = Candidate.of(trees, step.nodes[wish.id], self._reliability)
+    def _may_teach(self, step: _Step, wish: Wish) -> None:
         self._drafts += 1
         if self._drafts <= _ALL_TEACH or self._drafts % _TEACH_EVERY == 0 or step.whole == wish.id:
             step.teaching.append(wish)

@@ -49,12 +49,16 @@ def shape(tree: TokenTree) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def assert_same_drafts(
-    captured: Drafter, by_level: Drafter, wanted: dict[int, tuple[SamplingParams, DraftOrder]], steps: int
+    captured: Drafter,
+    by_level: Drafter,
+    wanted: dict[int, tuple[SamplingParams, DraftOrder]],
+    steps: int,
+    longest_prompt: int = 39,
 ) -> None:
     """Of sequences that begin with prompts of many lengths and accept some of each tree."""
     chance = random.Random(3)
     for sequence, (params, _) in wanted.items():
-        prompt = [chance.randrange(VOCAB) for _ in range(chance.randrange(1, 40))]
+        prompt = [chance.randrange(VOCAB) for _ in range(chance.randint(1, longest_prompt))]
         for each in (captured, by_level):
             each.open((1, sequence), prompt, len(prompt), params)
     for _ in range(steps):
