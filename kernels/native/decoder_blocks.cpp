@@ -80,7 +80,7 @@ void multiply_made(ThreadPool& pool, const LinearWeights& weights, std::int64_t 
                    const float* residual, float* out, const Make& make) {
   LinearInput input{nullptr, rows};
   if (may_round && takes_rounded(weights)) {
-    bfloat16* rounded = buffers().rounded.get(rounded_elements(rows, weights.inputs));
+    bfloat16* rounded = buffers().rounded.get(rows * weights.inputs);
     make(rounded);
     input.rounded = rounded;
   } else {

@@ -1,6 +1,7 @@
 // Products of bf16 numbers by whole tiles (AMX), where machine, compiler and operating system have them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "simd.h"
@@ -29,21 +30,28 @@ inline bool matrix_tiles_allowed() {
   return allowed;
 }
 
-// Makes all tiles of this thread 16 x 16 words. Anything else on the thread that uses tiles may have changed them.
-inline void shape_matrix_tiles() {
+// Shapes this thread's tiles for so many rows, 1 to 32: those of weights are 16 x 16 words, those of rows and sums have as
+// many rows as there are, up to 16 in the first and the rest in the second. Loading a row that is not there would take as
+// long as any other. Anything else on the thread that uses tiles may have changed them.
+inline void shape_matrix_tiles(std::int64_t rows) {
   struct alignas(64) {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    std::uint8_t rows[16] = {};
   } shape;
+  const auto first = static_cast<std::uint8_t>(std::min(rows, kTileSide));
+  const auto second = static_cast<std::uint8_t>(std::max<std::int64_t>(rows - kTileSide, 1));
+  for (int tile : {0, 1, 4}) shape.rows[tile] = first;
+  for (int tile : {2, 3, 5}) shape.rows[tile] = second;
+  for (int tile : {6, 7}) shape.rows[tile] = kTileSide;
   // GCC's instruction declares that it reads 8 bytes of them: all are in memory before it.
   asm volatile("" : : "r"(&shape) : "memory");
   _tile_loadconfig(&shape);
 }
 
-// Up to 32 rows of x times the 32 outputs of one block. x: [rows padded to kTileSide][row_words] pairs, packed:
-// [row_words][32] pairs, sums: [rows padded][32]; row_words is a multiple of kTileSide. Weights `ahead` words behind those
-// that are used are fetched into the L2 cache, unless it is 0.
+// As many rows of x as the tiles are shaped for, above 16 if TwoTiles, times the 32 outputs of one block. x: [rows][row_words]
+// pairs, packed: [row_words][32] pairs, sums: [rows][32]; row_words is a multiple of kTileSide. Weights `ahead` words
+// behind those that are used are fetched into the L2 cache, unless it is 0.
 //
 // Each sum is c + (e + o) over groups of 32 inputs, in their order, from c = 0: e is the chain of fmas over the group's
 // even inputs, o that over its odd ones, from 0 each, as the instruction has it.
@@ -97,7 +105,7 @@ inline void multiply_matrix_tiles(const std::uint32_t* x, std::int64_t row_words
 }
 #else
 inline bool matrix_tiles_allowed() { return false; }
-inline void shape_matrix_tiles() {}
+inline void shape_matrix_tiles(std::int64_t) {}
 #endif
 
 }  // namespace specserve

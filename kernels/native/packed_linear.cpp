@@ -190,17 +190,18 @@ void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t 
 }
 
 #if SPECSERVE_MATRIX_TILES
-// One block times rows first..first+rows, as multiply_blocks.
+// One block times rows first..first+rows, as multiply_blocks; the tiles are shaped for `pass` rows, at most as many.
 template <class Finish>
 void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int64_t first, std::int64_t rows,
-                             std::int64_t block, const Finish& finish) {
-  static_assert(kBlock == 2 * kTileSide && kItemRows % (2 * kTileSide) == 0);
+                             std::int64_t pass, std::int64_t block, const Finish& finish) {
+  static_assert(kBlock == 2 * kTileSide);
   alignas(64) float totals[kItemRows * kBlock];
   const std::uint32_t* packed = p.weights.packed + block * p.words * kBlock;
-  for (std::int64_t begin = 0; begin < rows; begin += 2 * kTileSide) {
+  for (std::int64_t done = 0; done < rows; done += pass) {
+    const std::int64_t begin = std::min(done, rows - pass);  // the last pass computes some rows once more
     const std::uint32_t* tile = x + (first + begin) * p.words;
     const std::int64_t ahead = begin == 0 ? kTilePrefetch : 0;
-    if (rows - begin > kTileSide)
+    if (pass > kTileSide)
       multiply_matrix_tiles<true>(tile, p.words, packed, ahead, totals + begin * kBlock);
     else
       multiply_matrix_tiles<false>(tile, p.words, packed, ahead, totals + begin * kBlock);
@@ -213,11 +214,15 @@ void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int6
 struct Cut {
   std::int64_t row_items, block_items, item_blocks;
   std::int64_t together;  // blocks that pass over the rows side by side
+  std::int64_t tile_rows;  // that matrix tiles take at a time, no more than any item has
 
   // item_blocks is a multiple of `multiple`. One block at a time where pairs would leave a thread without an item.
   Cut(const Product& p, std::int64_t multiple, std::int64_t threads) {
     const std::int64_t rows = p.input.rows;
     row_items = (rows + kItemRows - 1) / kItemRows;
+    const std::int64_t item_rows = (rows + row_items - 1) / row_items;
+    const std::int64_t passes = (item_rows + 2 * kTileSide - 1) / (2 * kTileSide);
+    tile_rows = (item_rows + passes - 1) / passes;
     const bool enough = row_items * p.blocks >= 2 * threads;
     together = enough && rows <= kTwoBlockRows ? 2 : 1;
     const std::int64_t unit = std::lcm(together, multiple);
@@ -234,7 +239,7 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
   const Cut cut(p, multiple, pool.threads());
   const PreparedRows<kStorage> rows(pool, p.input, p.weights.inputs);
   const auto prepare = [&](int) {
-    if (in_tiles(kStorage)) shape_matrix_tiles();
+    if (in_tiles(kStorage)) shape_matrix_tiles(cut.tile_rows);
     return rows.get();
   };
   pool.parallel_for(static_cast<int>(cut.row_items * cut.block_items), prepare, [&](const auto* x, int item) {
@@ -245,7 +250,8 @@ void multiply_all(ThreadPool& pool, const Product& p, std::int64_t multiple, con
 #if SPECSERVE_MATRIX_TILES
     if constexpr (in_pairs(kStorage))
       if (in_tiles(kStorage)) {
-        for (std::int64_t b = block; b < block_end; ++b) multiply_block_in_tiles(p, x, first, end - first, b, finish);
+        for (std::int64_t b = block; b < block_end; ++b)
+          multiply_block_in_tiles(p, x, first, end - first, cut.tile_rows, b, finish);
         return next(first, end, block, block_end);
       }
 #endif
@@ -301,10 +307,6 @@ bool multiplies_in_tiles() { return in_tiles(Storage::kBFloat16); }
 
 bool takes_rounded(const LinearWeights& weights) {
   return in_pairs(weights.storage) && weights.inputs % (2 * kTileSide) == 0;  // nothing to fill up behind a row
-}
-
-std::int64_t rounded_elements(std::int64_t rows, std::int64_t inputs) {
-  return (rows + (kMatrixTiles ? kTileSide - 1 : 0)) * inputs;
 }
 
 std::int64_t packed_words(Storage storage, bool gated, std::int64_t inputs, std::int64_t outputs) {

@@ -52,9 +52,6 @@ struct LinearInput {
 // half of what it reads and the rounding.
 bool takes_rounded(const LinearWeights& weights);
 
-// Elements that such rows need: the last ones are read as part of a tile, whatever they hold.
-std::int64_t rounded_elements(std::int64_t rows, std::int64_t inputs);
-
 // What follows a linear layer, output by output: use(first row, end of rows, first output, end of outputs) is called for
 // outputs that have just been computed, by the thread that computed them. `first output` is a multiple of `multiple`, and
 // so is the end unless it is the end of all.

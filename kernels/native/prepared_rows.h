@@ -82,7 +82,7 @@ class PreparedRows {
     const std::int64_t stride = row_stride(kStorage, size);
     if (!needed() || input.rows * size <= kOwnRows) return;
     thread_local BufferOf<Element<kStorage>> shared;
-    Element<kStorage>* rows = shared.get(padded_rows() * stride);
+    Element<kStorage>* rows = shared.get(input_.rows * stride);
     const std::int64_t chunk = std::max<std::int64_t>(1, kOwnRows / size);
     pool.parallel_for(static_cast<int>((input.rows + chunk - 1) / chunk), [&](int item) {
       for (std::int64_t row = item * chunk; row < std::min(input.rows, (item + 1) * chunk); ++row)
@@ -99,7 +99,7 @@ class PreparedRows {
       if (!input_.norm) return input_.x;
     const std::int64_t stride = row_stride(kStorage, size_);
     thread_local BufferOf<Element<kStorage>> own;
-    Element<kStorage>* rows = own.get(padded_rows() * stride);
+    Element<kStorage>* rows = own.get(input_.rows * stride);
     fetch();
     for (std::int64_t row = 0; row < input_.rows; ++row)
       prepare_row<kStorage>(input_, row, size_, rows + row * stride);
@@ -107,8 +107,6 @@ class PreparedRows {
   }
 
  private:
-  // A tile that begins at the last row is read to its end, whatever stands there.
-  std::int64_t padded_rows() const { return input_.rows + (kMatrixTiles && in_pairs(kStorage) ? kTileSide - 1 : 0); }
   // All lines are asked for at once: another core has written part of them.
   void fetch() const {
     constexpr std::int64_t kLine = 64 / sizeof(float);
