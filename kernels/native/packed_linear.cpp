@@ -190,7 +190,7 @@ void multiply_blocks(const Product& p, const Element<kStorage>* x, std::int64_t 
 }
 
 #if SPECSERVE_MATRIX_TILES
-// One block times rows first..first+rows, as multiply_blocks; the tiles are shaped for `pass` rows, at most as many.
+// One block times rows first..first+rows, as multiply_blocks. The tiles are shaped for `pass` rows, no more than these.
 template <class Finish>
 void multiply_block_in_tiles(const Product& p, const std::uint32_t* x, std::int64_t first, std::int64_t rows,
                              std::int64_t pass, std::int64_t block, const Finish& finish) {
