@@ -59,6 +59,7 @@ class Backend:
 
     pack_* copy the weights into the layout that the implementation wants; the caller may drop its own. A backend is for
     one model, whose weights are packed in the order in which a step uses them.
+    activation_dtype, kv_dtype: what activations and the KV cache are for weights stored so.
     int8: pack_* quantize matrices to int8, see `kernels.packed_linear.int8`.
     grow_level: None where trees grow in PyTorch.
     """
@@ -66,6 +67,7 @@ class Backend:
     name: BackendName
     reason: str
     activation_dtype: Callable[[torch.dtype], torch.dtype]
+    kv_dtype: Callable[[torch.dtype], torch.dtype]
     tree_attention: TreeAttention
     kv_compaction: KvCompaction
     rms_norm: RmsNorm
@@ -162,6 +164,7 @@ def _native_backend(reason: str, int8: bool = False) -> Backend:
         name="native",
         reason=reason,
         activation_dtype=lambda weight_dtype: torch.float32,
+        kv_dtype=lambda weight_dtype: torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float32,
         tree_attention=native_attention.tree_attention,
         kv_compaction=native_compaction.kv_compaction,
         rms_norm=native_blocks.rms_norm,
@@ -189,6 +192,7 @@ def composed_backend(
         name=name,
         reason=reason,
         activation_dtype=activation_dtype,
+        kv_dtype=activation_dtype,
         tree_attention=operations.tree_attention,
         kv_compaction=kv_compaction,
         rms_norm=operations.rms_norm,

@@ -76,6 +76,7 @@ class Transformer:
         self.device = device
         self.weight_dtype = torch.int8 if backend.int8 else ends.embedding.dtype
         self.activation_dtype = backend.activation_dtype(ends.embedding.dtype)
+        self.kv_dtype = backend.kv_dtype(ends.embedding.dtype)
         self._embedding = ends.embedding
         self._attention, self._mlp = pack_layers(config, layers, backend)
         self._final_norm = ends.final_norm.to(self.activation_dtype)
@@ -108,9 +109,8 @@ class Transformer:
         Raises:
             CacheFull: too small for one sequence of full context and its largest tree.
         """
-        dtype = self.activation_dtype
-        blocks = blocks_for_cache(self.config, self.device, dtype, memory_fraction, max_sequences, blocks)
-        cache = KVCache(self.config, blocks, self.device, dtype)
+        blocks = blocks_for_cache(self.config, self.device, self.kv_dtype, memory_fraction, max_sequences, blocks)
+        cache = KVCache(self.config, blocks, self.device, self.kv_dtype)
         if self.device.type == "cuda" and self.backend.name == "triton":
             self.capture = cuda_capture(self.device)
             self._graphs = StepGraphs(self, cache, self.capture)

@@ -77,7 +77,7 @@ def make_shard(
     generator = torch.Generator(llm.device).manual_seed(seed)
     longest = max(len(job.prompt) for job in jobs) + new_tokens
     blocks = min(CONCURRENT, len(jobs)) * -(-longest // BLOCK_SIZE)
-    cache = KVCache(llm.config, blocks, llm.device, llm.activation_dtype)
+    cache = KVCache(llm.config, blocks, llm.device, llm.kv_dtype)
     waiting = deque(enumerate(jobs))
     running: dict[int, _Running] = {}
     made: dict[int, Continuation] = {}

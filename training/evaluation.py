@@ -191,7 +191,7 @@ def _positions(llm: Transformer, ssm: Transformer, continuations: Sequence[Conti
 def _log_probs(model: Transformer, continuation: Continuation) -> torch.Tensor:
     """Log-probabilities before each new token, float32 [new, vocab]."""
     tokens = continuation.tokens[:-1].tolist()
-    cache = KVCache(model.config, -(-len(tokens) // BLOCK_SIZE), model.device, model.activation_dtype)
+    cache = KVCache(model.config, -(-len(tokens) // BLOCK_SIZE), model.device, model.kv_dtype)
     sequence = CachedSequence()
     cache.reserve(sequence, len(tokens))
     hidden = model.forward(FlatBatch.of([Segment.chain(sequence, tokens, 0)], model.device), cache)

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention_rows.h"
 #include "simd.h"
+#include "tiled_attention.h"
 
 namespace specserve {
 namespace {
@@ -46,28 +48,6 @@ Scratch& scratch() {
   return own;
 }
 
-template <class Element, class Out>
-struct Operands {
-  const float* query;
-  std::int64_t query_stride;
-  const Element* keys;
-  const Element* values;
-  const AttentionBatch& batch;
-  const HeadCounts& counts;
-  float scale;
-  Out* out;
-};
-
-// Consecutive rows of one sequence. All of them see its first `common` entries.
-struct RowGroup {
-  std::int64_t first, rows, common;
-};
-
-std::int64_t slot_of(const AttentionBatch& batch, std::int64_t row, std::int64_t entry) {
-  const std::int32_t* table = batch.block_tables + batch.row_sequences[row] * batch.max_blocks;
-  return table[entry / batch.block_size] * batch.block_size + entry % batch.block_size;
-}
-
 // Appends the offsets in the cache, in elements, of entries first..last of the row's sequence.
 void append_offsets(const AttentionBatch& batch, std::int64_t row, std::int64_t slot_size, std::int64_t first,
                     std::int64_t last, std::vector<std::int64_t>& offsets) {
@@ -89,9 +69,7 @@ void list_visible(const AttentionBatch& batch, const RowGroup& group, std::int64
   for (std::int64_t row = group.first; row < group.first + group.rows; ++row) {
     const std::int64_t prefix = batch.prefix_lengths[row];
     append_offsets(batch, row, slot_size, group.common, prefix, own.offsets);
-    for (std::int64_t word = 0; word < batch.words; ++word)
-      for (std::uint64_t bits = batch.masks[row * batch.words + word]; bits != 0; bits &= bits - 1)
-        own.offsets.push_back(slot_of(batch, row, prefix + 64 * word + __builtin_ctzll(bits)) * slot_size);
+    for_tree_entries(batch, row, [&](std::int64_t entry) { own.offsets.push_back(slot_of(batch, row, entry) * slot_size); });
     own.row_ends.push_back(own.offsets.size());
   }
 }
@@ -142,8 +120,8 @@ void in_bundles(const Line* lines, std::size_t count, const Call& call) {
 }
 
 // Scores of some lines for `count` entries, which become number first, first + 1, ... of each.
-template <class Element, class Out>
-void score_entries(const Operands<Element, Out>& p, std::int64_t kv_head, const std::int64_t* offsets, std::int64_t count,
+template <class Element>
+void score_entries(const AttentionOperands<Element>& p, std::int64_t kv_head, const std::int64_t* offsets, std::int64_t count,
                    std::int64_t first, const Line* lines, std::size_t line_count, Vec* gathered) {
   const std::int64_t head_dim = p.counts.head_dim, start = kv_head * head_dim;
   for (std::int64_t i = 0; i < count; i += kLanes) {
@@ -204,8 +182,8 @@ void accumulate(const Line* lines, std::size_t line_count, const Element* values
 }
 
 // The group's queries of one key head, row after row.
-template <class Element, class Out>
-void list_lines(const Operands<Element, Out>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
+template <class Element>
+void list_lines(const AttentionOperands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
   const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
   // a last vector of scores may be partly used
   const std::size_t room = own.offsets.size() + kLanes, count = static_cast<std::size_t>(group.rows * in_row);
@@ -221,16 +199,16 @@ void list_lines(const Operands<Element, Out>& p, const RowGroup& group, std::int
 }
 
 // The mean of the values by the weights.
-void store_result(const Line& line, std::int64_t head_dim, float* out) {
-  for (std::int64_t d = 0; d < head_dim; ++d) out[d] = line.sums[d] / line.total;
+void store_result(const float* sums, float total, std::int64_t head_dim, float* out) {
+  for (std::int64_t d = 0; d < head_dim; ++d) out[d] = sums[d] / total;
 }
 
-void store_result(const Line& line, std::int64_t head_dim, bfloat16* out) {
-  for (std::int64_t d = 0; d < head_dim; d += kLanes) store_rounded(load(line.sums + d) / line.total, out + d);
+void store_result(const float* sums, float total, std::int64_t head_dim, bfloat16* out) {
+  for (std::int64_t d = 0; d < head_dim; d += kLanes) store_rounded(load(sums + d) / total, out + d);
 }
 
 template <class Element, class Out>
-void attend_group(const Operands<Element, Out>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own) {
+void attend_group(const AttentionOperands<Element>& p, const RowGroup& group, std::int64_t kv_head, Scratch& own, Out* out) {
   const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
   const Element* values = p.values + kv_head * head_dim;
   const std::int64_t* offsets = own.offsets.data();
@@ -249,8 +227,19 @@ void attend_group(const Operands<Element, Out>& p, const RowGroup& group, std::i
   for (std::int64_t row = 0; row < group.rows; ++row) {
     const Line* lines = own.lines.data() + row * in_row;
     accumulate(lines, in_row, values, offsets + tail_of(row), end_of(row) - tail_of(row), head_dim, group.common);
-    Out* out = p.out + ((group.first + row) * p.counts.heads + kv_head * in_row) * head_dim;
-    for (std::int64_t i = 0; i < in_row; ++i, out += head_dim) store_result(lines[i], head_dim, out);
+    Out* result = out + ((group.first + row) * p.counts.heads + kv_head * in_row) * head_dim;
+    for (std::int64_t i = 0; i < in_row; ++i, result += head_dim)
+      store_result(lines[i].sums, lines[i].total, head_dim, result);
+  }
+}
+
+template <class Out>
+void attend_group_in_tiles(const AttentionOperands<bfloat16>& p, const RowGroup& group, std::int64_t kv_head, Out* out) {
+  const std::int64_t head_dim = p.counts.head_dim, in_row = p.counts.heads / p.counts.kv_heads;
+  const LineSums sums = attend_in_tiles(p, group, kv_head);
+  for (std::int64_t line = 0; line < group.rows * in_row; ++line) {
+    const std::int64_t row = group.first + line / in_row, head = kv_head * in_row + line % in_row;
+    store_result(sums.values + line * head_dim, sums.weights[line], head_dim, out + (row * p.counts.heads + head) * head_dim);
   }
 }
 
@@ -268,26 +257,37 @@ std::vector<RowGroup> group_rows(const AttentionBatch& batch, std::int64_t most)
 }
 
 template <class Element, class Out>
-void attend_all(ThreadPool& pool, const Operands<Element, Out>& p) {
+void attend_all(ThreadPool& pool, const AttentionOperands<Element>& p, Out* out) {
   const std::int64_t kv_heads = p.counts.kv_heads, slot_size = kv_heads * p.counts.head_dim;
+  const std::int64_t in_row = p.counts.heads / kv_heads;
+  const bool in_tiles = std::is_same_v<Element, bfloat16> && tiles_attend(p.batch, p.counts);
   const std::int64_t wanted = std::max<std::int64_t>(1, pool.threads() / kv_heads);
   const std::int64_t longest = *std::max_element(p.batch.prefix_lengths, p.batch.prefix_lengths + p.batch.rows);
-  const std::int64_t row_weights = std::max<std::int64_t>(1, longest * p.counts.heads / kv_heads);
-  const std::int64_t most = std::min({kGroupRows, p.batch.rows / wanted, kGroupWeights / row_weights});
+  const std::int64_t fitting = kGroupWeights / std::max<std::int64_t>(1, longest * in_row);
+  const std::int64_t most = std::min(in_tiles ? kTiledLines / in_row : std::min(kGroupRows, fitting), p.batch.rows / wanted);
   const auto groups = group_rows(p.batch, std::max<std::int64_t>(1, most));
   std::int64_t entries = 0;
   for (const RowGroup& group : groups) entries += (group.common + 1) * group.rows;
   const std::int64_t pairs = static_cast<std::int64_t>(groups.size()) * kv_heads;
   const std::int64_t work = entries * p.counts.heads * p.counts.head_dim * 2 / pairs;
   const std::int64_t chunk = std::clamp<std::int64_t>(kItemWork / std::max<std::int64_t>(work, 1), 1, pairs);
-  pool.parallel_for(static_cast<int>((pairs + chunk - 1) / chunk), [&](int item) {
+  const auto prepare = [in_tiles](int) {
+    if (in_tiles) shape_matrix_tiles(2 * kTileSide);
+    return 0;
+  };
+  pool.parallel_for(static_cast<int>((pairs + chunk - 1) / chunk), prepare, [&](int, int item) {
     Scratch& own = scratch();
     std::int64_t listed = -1;
     for (std::int64_t pair = item * chunk; pair < std::min(pairs, (item + 1) * chunk); ++pair) {
-      const std::int64_t index = pair / kv_heads;
+      const std::int64_t index = pair / kv_heads, kv_head = pair % kv_heads;
+      if constexpr (std::is_same_v<Element, bfloat16>)
+        if (in_tiles) {
+          attend_group_in_tiles(p, groups[index], kv_head, out);
+          continue;
+        }
       if (index != listed) list_visible(p.batch, groups[index], slot_size, own);
       listed = index;
-      attend_group(p, groups[index], pair % kv_heads, own);
+      attend_group(p, groups[index], kv_head, own, out);
     }
   });
 }
@@ -298,8 +298,8 @@ void attend(ThreadPool& pool, const float* query, std::int64_t query_stride, con
   if (batch.rows == 0) return;
   const auto run = [&](auto* typed_keys) {
     using Element = std::remove_const_t<std::remove_pointer_t<decltype(typed_keys)>>;
-    attend_all(pool, Operands<Element, Out>{query, query_stride, typed_keys, static_cast<const Element*>(values), batch,
-                                            counts, scale, out});
+    attend_all(pool, AttentionOperands<Element>{query, query_stride, typed_keys, static_cast<const Element*>(values), batch,
+                                                counts, scale}, out);
   };
   if (kv_is_bfloat16)
     run(static_cast<const bfloat16*>(keys));

@@ -31,6 +31,7 @@ class RankModel:
         self.device = group.device
         self.weight_dtype = torch.int8 if backend.int8 else dtype
         self.activation_dtype = backend.activation_dtype(dtype)
+        self.kv_dtype = backend.kv_dtype(dtype)
         self._group = group
         self._ends = _Ends(shard, loader.ends(), backend, group) if shard.is_first_stage else None
         self._attention, self._mlp = pack_layers(shard.local, loader.layers(), backend)
@@ -58,7 +59,7 @@ class RankModel:
 
     def new_cache(self, memory_fraction: float, max_sequences: int, blocks: int = 0) -> KVCache:
         """See Transformer.new_cache; as many blocks as the rank with the least memory has, on every rank."""
-        local, dtype = self.shard.local, self.activation_dtype
+        local, dtype = self.shard.local, self.kv_dtype
         share = memory_fraction if self.device.type == "cuda" else memory_fraction / self._group.place.local_ranks
         own = blocks_for_cache(local, self.device, dtype, share, max_sequences, blocks)
         return KVCache(local, self._group.minimum(own), self.device, dtype)

@@ -79,3 +79,10 @@ def test_int8_weights_need_the_native_kernels() -> None:
 def test_bfloat16_weights_compute_in_float32_on_the_cpu() -> None:
     assert choose_backend(torch.device("cpu"), "torch").activation_dtype(torch.bfloat16) is torch.float32
     assert choose_backend(torch.device("cuda"), "torch").activation_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_native_kv_cache_is_bfloat16_where_the_weights_are(stored: torch.dtype) -> None:
+    expected = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+    assert choose_backend(torch.device("cpu"), "native").kv_dtype(stored) is expected
+    assert choose_backend(torch.device("cpu"), "torch").kv_dtype(stored) is torch.float32

@@ -13,7 +13,8 @@ from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock, 
 from kernels.packed_linear.int8 import quantize
 from tests.kernels.problems import ancestor_masks, mask_words
 
-BLOCK_SIZE = 4
+BLOCK_SIZE = 16
+BLOCKS = 4
 CPU = torch.device("cpu")
 
 
@@ -78,7 +79,7 @@ def make_batch(
     """Rows of one sequence whose logical entry e lives in slot e."""
     cos, sin = rotation(positions, layer.head_dim)
     return AttentionBatch(
-        block_tables=torch.arange(16, dtype=torch.int32)[None],
+        block_tables=torch.arange(BLOCKS, dtype=torch.int32)[None],
         block_size=BLOCK_SIZE,
         row_sequences=torch.zeros(len(prefixes), dtype=torch.int32),
         prefix_lengths=torch.tensor(prefixes, dtype=torch.int32),
@@ -104,7 +105,7 @@ def tree_batch(layer: Layer, prefix: int, parents: list[int]) -> AttentionBatch:
 
 
 def empty_kv(layer: Layer, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.full((2, 16 * BLOCK_SIZE, layer.kv_heads, layer.head_dim), float("nan"), dtype=dtype)
+    return torch.full((2, BLOCKS * BLOCK_SIZE, layer.kv_heads, layer.head_dim), float("nan"), dtype=dtype)
 
 
 PARENTS = [-1, 0, 1, 1, 0, 4, 5, 2]

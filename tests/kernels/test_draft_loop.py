@@ -47,7 +47,7 @@ from runtime.kv_cache import KVCache
 from runtime.transformer import LoadOptions, Transformer
 
 model = Transformer.load(Path(sys.argv[1]), LoadOptions(device="cpu"))
-cache = KVCache(model.config, 12, model.device, model.activation_dtype)
+cache = KVCache(model.config, 12, model.device, model.kv_dtype)
 bounds = TreeBounds(nodes=5, depth=5, beam=2)
 for rule in (ChildRule(), ChildRule(top_p=0.8), ChildRule(top_k=7), ChildRule(temperature=0.5, noise_seed=3)):
     (tree,) = model.grow_trees(cache, [DraftSequence(range(12), 0, [5, 6], bounds, rule)])
@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 def sequences(model: Transformer, count: int, seed: int) -> tuple[KVCache, list[DraftSequence]]:
     """With prefixes of many lengths in the cache, and several pending tokens."""
     random.seed(seed)
-    cache = KVCache(model.config, 12 * count, model.device, model.activation_dtype)
+    cache = KVCache(model.config, 12 * count, model.device, model.kv_dtype)
     wanted: list[DraftSequence] = []
     for _ in range(count):
         tokens = [random.randrange(VOCAB) for _ in range(random.randrange(1, 60))]

@@ -97,7 +97,7 @@ def run_steps(
 @pytest.mark.parametrize("kernels", BACKENDS)
 def test_padded_steps_equal_unpadded_ones(folder: Path, kernels: RequestedName) -> None:
     model = load(folder, kernels)
-    caches = [KVCache(model.config, 64, model.device, model.activation_dtype) for _ in range(2)]
+    caches = [KVCache(model.config, 64, model.device, model.kv_dtype) for _ in range(2)]
     capture = Recorded()
     graphs = StepGraphs(model, caches[1], capture)
     for seed in range(3):
@@ -115,7 +115,7 @@ def test_padded_steps_equal_unpadded_ones(folder: Path, kernels: RequestedName) 
 
 def test_a_shape_is_captured_once_and_its_buffers_stay(folder: Path) -> None:
     model = load(folder, "native")
-    cache = KVCache(model.config, 8, model.device, model.activation_dtype)
+    cache = KVCache(model.config, 8, model.device, model.kv_dtype)
     capture = Recorded()
     graphs = StepGraphs(model, cache, capture)
     sequence = CachedSequence()
@@ -131,7 +131,7 @@ def test_a_shape_is_captured_once_and_its_buffers_stay(folder: Path) -> None:
 
 def test_steps_too_large_to_pad_are_left_to_others(folder: Path) -> None:
     model = load(folder, "native")
-    cache = KVCache(model.config, 64, model.device, model.activation_dtype)
+    cache = KVCache(model.config, 64, model.device, model.kv_dtype)
     graphs = StepGraphs(model, cache, plain_call)
     sequence = CachedSequence()
     cache.reserve(sequence, MAX_ROWS + 1)
@@ -151,7 +151,7 @@ def test_buckets_follow_rows_closely_and_the_rest_loosely() -> None:
 
 def test_no_step_behind_a_short_context_captures_once_all_are_prepared(folder: Path) -> None:
     model = load(folder, "native")
-    cache = KVCache(model.config, 64, model.device, model.activation_dtype)
+    cache = KVCache(model.config, 64, model.device, model.kv_dtype)
     capture = Recorded()
     graphs = StepGraphs(model, cache, capture)
     shapes = graphs.prepare(sequences=6)
@@ -228,7 +228,7 @@ def test_captured_steps_equal_eager_ones_on_the_gpu(folder: Path) -> None:
     captured = model.new_cache(0.1, 4, blocks=64)
     graphs = model._graphs
     assert graphs is not None
-    eager = KVCache(model.config, 64, model.device, model.activation_dtype)
+    eager = KVCache(model.config, 64, model.device, model.kv_dtype)
     expected, actual = run_steps(model, eager, None), run_steps(model, captured, graphs)
     assert graphs.shapes
     for ours, theirs in zip(actual, expected, strict=True):

@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def load(folder: Path, kernels: RequestedName = "auto", dtype: str = "auto") -> tuple[Transformer, KVCache]:
     model = Transformer.load(folder, LoadOptions(device="cpu", dtype=dtype, kernels=kernels))
     assert kernels in ("auto", model.backend.name)
-    return model, KVCache(model.config, 64, model.device, model.activation_dtype)
+    return model, KVCache(model.config, 64, model.device, model.kv_dtype)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -123,7 +123,7 @@ def test_narrow_weights_compute_like_their_widened_selves(tmp_path: Path, dtype:
     model, cache = load(folder, "native")
     assert model.weight_dtype == dtype
     widened = Transformer.load(folder, LoadOptions(device="cpu", dtype="float32", kernels="native"))
-    other = KVCache(widened.config, 8, widened.device, widened.activation_dtype)
+    other = KVCache(widened.config, 8, widened.device, widened.kv_dtype)
     expected = run_chain(widened, other, tokens, 20)
     torch.testing.assert_close(run_chain(model, cache, tokens, 20), expected, rtol=0, atol=tolerance)
 

@@ -91,7 +91,7 @@ def whole(folders: dict[str, Path]) -> dict[Any, tuple[Transformer, KVCache, dic
     results = {}
     for name, kernels, dtype in {(name, kernels, dtype) for name, _, kernels, dtype in CASES}:
         model = Transformer.load(folders[name], LoadOptions(device="cpu", dtype=dtype, kernels=kernels))
-        cache = KVCache(model.config, BLOCKS, model.device, model.activation_dtype)
+        cache = KVCache(model.config, BLOCKS, model.device, model.kv_dtype)
         results[name, kernels, dtype] = (model, cache, play(model, cache))
     return results
 
@@ -178,6 +178,6 @@ def test_a_group_of_one_on_a_device(folders: dict[str, Path], tmp_path: Path) ->
     case: Case = ("llama-gqa", (1, 1), "auto", "bfloat16")
     (rank,) = run_cases([case], folders, tmp_path, "cuda:0")[case]
     model = Transformer.load(folders["llama-gqa"], LoadOptions(device="cuda", dtype="bfloat16"))
-    expected = play(model, KVCache(model.config, BLOCKS, model.device, model.activation_dtype))
+    expected = play(model, KVCache(model.config, BLOCKS, model.device, model.kv_dtype))
     for part in ("together", "tree", "following"):
         torch.testing.assert_close(rank["played"][part], expected[part], rtol=5e-2, atol=5e-2)

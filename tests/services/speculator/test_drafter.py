@@ -36,9 +36,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 
 def drafter(model: Transformer, sequences: int = 4, **settings: Any) -> Drafter:
-    cache = KVCache(
-        model.config, sequences * longest_sequence_blocks(model.config), model.device, model.activation_dtype
-    )
+    cache = KVCache(model.config, sequences * longest_sequence_blocks(model.config), model.device, model.kv_dtype)
     values: dict[str, Any] = {
         "prefill_chunk": 1024,
         "beam": 3,
@@ -134,7 +132,9 @@ def test_the_native_loop_grows_the_tree_that_the_builders_grow(
 
 
 def test_the_default_models_drafts_are_nearly_always_the_builders() -> None:
-    """For sampled requests, whose ranks may turn over where two scores are equal within rounding: at least 98%."""
+    """For sampled requests, whose ranks may turn over where two scores are equal within rounding, which is that of bf16
+    keys and values in the native cache: at least 90%.
+    """
     folder = Path(__file__).parents[3] / "models" / "default-ssm-1"
     native, portable = (
         drafter(
@@ -150,7 +150,7 @@ def test_the_default_models_drafts_are_nearly_always_the_builders() -> None:
     orders = [order(seed, nodes=5, selection=ChildSelection.SHARED_NOISE) for seed in prompts]
     trees, expected = native.draft(orders), portable.draft(orders)
     assert len(trees) == len(orders)
-    assert sum(shape(trees[key]) == shape(expected[key]) for key in trees) >= 0.98 * len(orders)
+    assert sum(shape(trees[key]) == shape(expected[key]) for key in trees) >= 0.9 * len(orders)
 
 
 def draft_of(model: Transformer, params: SamplingParams, wanted: DraftOrder, **settings: Any) -> TokenTree:

@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 def drafter(model: Transformer, capture: Capture | None, sequences: int = 8, **settings: Any) -> Drafter:
     blocks = sequences * longest_sequence_blocks(model.config)
-    cache = KVCache(model.config, blocks, model.device, model.activation_dtype)
+    cache = KVCache(model.config, blocks, model.device, model.kv_dtype)
     values: dict[str, Any] = {"beam": 3, "min_confidence": 0.002, "calibration": Calibration(0.5, 0.5)} | settings
     return Drafter("ssm", model, cache, DrafterSettings(prefill_chunk=1024, stream=1, **values), capture)
 
@@ -181,7 +181,7 @@ class Recorded:
 
 
 def test_what_is_static_filtered_or_drawn_is_left_to_others(model: Transformer) -> None:
-    cache = KVCache(model.config, 8, model.device, model.activation_dtype)
+    cache = KVCache(model.config, 8, model.device, model.kv_dtype)
     settings = DrafterSettings(prefill_chunk=64, beam=2, min_confidence=0, stream=1, calibration=Calibration())
     graphs = GrowthGraphs(model, cache, settings, plain_call)
     assert graphs.takes(order(1), ChildRule(noise_seed=3, scale=0.4, temperature=0.7))
