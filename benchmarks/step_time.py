@@ -20,7 +20,8 @@ import torch
 import typer
 
 from benchmarks.samples import StepTimes
-from runtime.batch import FlatBatch, Segment
+from kernels.token_draw.native import argmax_tokens
+from runtime.batch import Segment
 from runtime.kv_cache import CachedSequence, KVCache, longest_sequence_blocks
 from runtime.transformer import LoadOptions, Transformer
 from services.common.loaded_model import leave_cores_to_kernels, use_threads
@@ -36,7 +37,7 @@ def measure(name: str, model: Transformer, context: int, counts: Sequence[int], 
     sequence = CachedSequence()
     cache.reserve(sequence, context + max(counts))
     prompt = [token % model.config.vocab_size for token in range(context)]
-    model.forward(FlatBatch.of([Segment.chain(sequence, prompt, 0)], model.device), cache)
+    model.step([Segment.chain(sequence, prompt, 0)], [], cache)
     sequence.length = context
     times: dict[int, list[float]] = {count: [] for count in counts}
     for repeat in range(-1, repeats):  # the first turn warms up
@@ -63,9 +64,8 @@ def binary_tree(nodes: int) -> TokenTree:
 def _step_ms(model: Transformer, cache: KVCache, sequence: CachedSequence, tree: TokenTree) -> float:
     started = time.perf_counter()
     segment = Segment.tree(sequence, tree.token_ids, tree.depths(), tree.ancestor_masks(), start=sequence.length)
-    hidden = model.forward(FlatBatch.of([segment], model.device), cache)
-    logits = model.logits(hidden)
-    (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()  # as in verification.py
+    logits = model.step([segment], range(len(tree)), cache)
+    argmax_tokens(logits) if model.backend.name == "native" else logits.argmax(-1).tolist()  # as in verification.py
     return 1000 * (time.perf_counter() - started)
 
 

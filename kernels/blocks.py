@@ -5,6 +5,7 @@ A layer is two calls, attention and feed-forward, so that tensor parallelism can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -289,7 +290,7 @@ class TreeAttention(Protocol):
 class KvCompaction(Protocol):
     """cache[:, :, targets[m]] = cache[:, :, sources[m]] for every m, as if all sources were read first; in place.
 
-    cache: [layers, 2, slots, kv_heads, head_dim]; moves: int64 [2, moves], sources and targets; targets are distinct.
+    cache: [layers, 2, slots, kv_heads, head_dim]; sources, targets: slots of it; targets are distinct.
     """
 
-    def __call__(self, cache: torch.Tensor, moves: torch.Tensor) -> None: ...
+    def __call__(self, cache: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None: ...

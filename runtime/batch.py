@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.kv_cache import CachedSequence, slot
-
-WORD = 64
+from kernels.decoder.native import StepRows
+from runtime.kv_cache import BLOCK_SIZE, CachedSequence
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class Segment:
 
     def slots(self) -> list[int]:
         """Where each row's key and value go."""
-        return [slot(self.cache, self.first_entry + row) for row in range(len(self.token_ids))]
+        blocks, entries = self.cache.blocks, range(self.first_entry, self.first_entry + len(self.token_ids))
+        return [blocks[entry // BLOCK_SIZE] * BLOCK_SIZE + entry % BLOCK_SIZE for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -113,28 +113,25 @@ class HostBatch(NamedTuple):
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> HostBatch:
         """See FlatBatch.of."""
-        wide = [
-            [token for s in segments for token in s.token_ids],
-            [position for s in segments for position in s.positions],
-            [place for s in segments for place in s.slots()],
-        ]
-        narrow = [
-            [index for index, s in enumerate(segments) for _ in s.token_ids],
-            [length for s in segments for length in s.prefix_lengths],
-        ]
-        blocks = max(len(s.cache.blocks) for s in segments)
+        rows = rows_of(segments)
+        blocks = max(map(len, rows.block_tables))
+        words, masks = rows.mask_words()
         return cls(
-            np.array(wide, dtype=np.int64),
-            np.array(narrow, dtype=np.int32),
-            _mask_words([mask for s in segments for mask in s.masks]),
-            np.array([s.cache.blocks + [0] * (blocks - len(s.cache.blocks)) for s in segments], dtype=np.int32),
+            np.array([rows.token_ids, rows.positions, rows.slots], dtype=np.int64),
+            np.array([rows.row_sequences, rows.prefix_lengths], dtype=np.int32),
+            np.array(masks, dtype=np.uint64).view(np.int64).reshape(-1, words),
+            np.array([[*table, *[0] * (blocks - len(table))] for table in rows.block_tables], dtype=np.int32),
         )
 
 
-def _mask_words(masks: Sequence[int]) -> NDArray[np.int64]:
-    """[masks, words]: the bits of each, the lowest 64 first; as few words as hold the longest."""
-    words = -(-max(masks, default=0).bit_length() // WORD) or 1
-    if words == 1:
-        return np.array(masks, dtype=np.uint64).view(np.int64).reshape(-1, 1)
-    split = [[mask >> WORD * word & (1 << WORD) - 1 for word in range(words)] for mask in masks]
-    return np.array(split, dtype=np.uint64).view(np.int64)
+def rows_of(segments: Sequence[Segment]) -> StepRows:
+    """The segments' rows, one behind the other."""
+    return StepRows(
+        [token for s in segments for token in s.token_ids],
+        [position for s in segments for position in s.positions],
+        [place for s in segments for place in s.slots()],
+        [index for index, s in enumerate(segments) for _ in s.token_ids],
+        [length for s in segments for length in s.prefix_lengths],
+        [mask for s in segments for mask in s.masks],
+        [s.cache.blocks for s in segments],
+    )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from kernels.backend import Backend, RequestedName, choose_backend
@@ -18,7 +17,7 @@ from kernels.decoder.native import NativeDecoder
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
 from kernels.draft_loop.native import DraftSequence, GrownTree, NativeDraftLoop
 from kernels.packed_linear.native import NativeLinear
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import FlatBatch, Segment, rows_of
 from runtime.config import ModelConfig, inverse_frequencies, read_config
 from runtime.kv_cache import BLOCK_SIZE, KVCache, blocks_for_cache
 from runtime.parallel.sharding import Degrees, Shard
@@ -122,28 +121,12 @@ class Transformer:
         """
         return 0 if self._graphs is None else self._graphs.prepare(sequences)
 
+    @torch.inference_mode()
     def forward(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
         """Write the rows' keys and values into the cache; return the last hidden states, [rows, hidden].
 
         A row's result depends on what it sees alone, not on the other rows of the batch.
         """
-        if self._decoder is not None:
-            return self._decoder.forward(
-                batch.token_ids,
-                batch.positions,
-                batch.slots,
-                batch.row_sequences,
-                batch.prefix_lengths,
-                batch.masks,
-                batch.block_tables,
-                BLOCK_SIZE,
-                cache.data,
-            )
-        return self.forward_by_layer(batch, cache)
-
-    @torch.inference_mode()
-    def forward_by_layer(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
-        """`forward` as two calls for each layer: what every device can do."""
         attention_batch = attention_rows(batch, self._cos, self._sin)
         hidden = self._embedding[batch.token_ids].to(self.activation_dtype)
         for layer, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
@@ -153,8 +136,6 @@ class Transformer:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of some rows: hidden [rows, hidden] -> float32 [rows, vocab]."""
-        if self._decoder is not None:
-            return self._decoder.logits(hidden)
         normed = self.backend.rms_norm(hidden, self._final_norm, self.config.norm_epsilon)
         return self._head(normed)
 
@@ -164,6 +145,8 @@ class Transformer:
         rows: in any order, which is the result's. Every cache must have the blocks that its rows write. The result may
         be overwritten by the next step.
         """
+        if self._decoder is not None:
+            return self._decoder.step(rows_of(segments), rows, BLOCK_SIZE, cache.data)
         graphs = self._graphs
         if graphs is not None and graphs.cache is cache and (shape := graphs.shape_of(segments)) is not None:
             return graphs.step(shape, segments, rows)
@@ -196,8 +179,7 @@ class Transformer:
     def compact(self, cache: KVCache, sources: list[int], targets: list[int]) -> None:
         """Move the entries in slots `sources` to slots `targets`, in all layers, as if all were read first."""
         if sources:
-            moves = torch.from_numpy(np.array([sources, targets], dtype=np.int64)).to(self.device)
-            self.backend.kv_compaction(cache.data, moves)
+            self.backend.kv_compaction(cache.data, sources, targets)
 
 
 def pack_layers(

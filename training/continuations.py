@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save
 
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import Segment
 from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache
 from runtime.transformer import Transformer
 from training.files import write_bytes
@@ -99,9 +100,8 @@ def make_shard(
 def _step(llm: Transformer, cache: KVCache, running: list[_Running], generator: torch.Generator) -> None:
     """Compute what is not in the cache yet and add a token to every sequence."""
     segments = [Segment.chain(s.cache, s.tokens[s.cache.length :], s.cache.length) for s in running]
-    ends = torch.tensor([len(segment.token_ids) for segment in segments], device=llm.device).cumsum(0) - 1
-    hidden = llm.forward(FlatBatch.of(segments, llm.device), cache)
-    log_probs = llm.logits(hidden[ends]).log_softmax(-1)
+    ends = [rows - 1 for rows in accumulate(len(segment.token_ids) for segment in segments)]
+    log_probs = llm.step(segments, ends, cache).log_softmax(-1)
     top_log_probs, top_ids = log_probs.topk(min(TOP, log_probs.shape[1]))
     chosen = top_ids[:, 0].clone()
     sampling = torch.tensor([s.job.samples for s in running], device=llm.device)

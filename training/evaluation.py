@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import Segment
 from runtime.kv_cache import BLOCK_SIZE, CachedSequence, KVCache
 from runtime.transformer import Transformer
 from speculation.calibration import Calibration
@@ -194,5 +194,5 @@ def _log_probs(model: Transformer, continuation: Continuation) -> torch.Tensor:
     cache = KVCache(model.config, -(-len(tokens) // BLOCK_SIZE), model.device, model.kv_dtype)
     sequence = CachedSequence()
     cache.reserve(sequence, len(tokens))
-    hidden = model.forward(FlatBatch.of([Segment.chain(sequence, tokens, 0)], model.device), cache)
-    return model.logits(hidden[continuation.prompt_length - 1 :]).log_softmax(-1)
+    wanted = range(continuation.prompt_length - 1, len(tokens))
+    return model.step([Segment.chain(sequence, tokens, 0)], wanted, cache).log_softmax(-1)

@@ -12,7 +12,7 @@ from benchmarks.acceptance.bench import Bench
 from benchmarks.acceptance.decoding import sampling
 from benchmarks.acceptance.lines import WIDTHS
 from benchmarks.acceptance.runners import Tokens
-from runtime.batch import FlatBatch, Segment
+from runtime.batch import Segment
 from runtime.kv_cache import CachedSequence
 from services.speculator.drafter import Drafter
 from services.speculator.session import DraftOrder
@@ -138,9 +138,10 @@ def _llm_distributions(bench: Bench, prompts: Sequence[Tokens], texts: Sequence[
         pipeline = LogitsPipeline(sampling(AcceptanceRule.MSS, 0, index), prompt, model.config.vocab_size, model.device)
         tokens, sequence = [*prompt, *text[:-1]], CachedSequence()
         cache.reserve(sequence, len(tokens))
-        hidden = model.forward(FlatBatch.of([Segment.chain(sequence, tokens, 0)], model.device), cache)
+        wanted = range(len(prompt) - 1, len(tokens))
+        logits = model.step([Segment.chain(sequence, tokens, 0)], wanted, cache)
         cache.release(sequence)
-        log_probs = pipeline.process_many(model.logits(hidden[len(prompt) - 1 :]))
+        log_probs = pipeline.process_many(logits)
         distributions.append(log_probs.cpu().double().softmax(-1))
     return distributions
 

@@ -1,13 +1,16 @@
-"""A whole decoder on the CPU: tokens in, hidden states out, without Python between the layers."""
+"""A whole decoder on the CPU: tokens in, logits out, without Python between the layers."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from ctypes import byref
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 
-from kernels.blocks import check_tensor, check_visibility
+from kernels.blocks import check_tensor
 from kernels.decoder_blocks.native import NativeAttentionBlock, NativeMlpBlock
 from kernels.native.shared_library import load
 from kernels.native.structures import (
@@ -21,6 +24,29 @@ from kernels.native.structures import (
 )
 from kernels.packed_linear.native import NativeLinear
 from kernels.tree_attention.native import KV_DTYPES
+
+_WORD = 64
+
+
+class StepRows(NamedTuple):
+    """The rows of a step, those of a sequence one behind the other.
+
+    token_ids, positions, slots: of each row; its key and value go into the slot. row_sequences: row of block_tables.
+    prefix_lengths: entries before this one are seen. masks: bit j, that entry number j behind them is seen too.
+    """
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[int]
+    row_sequences: Sequence[int]
+    prefix_lengths: Sequence[int]
+    masks: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+
+    def mask_words(self) -> tuple[int, list[int]]:
+        """How many words of 64 bits hold the longest mask, at least one; and so many of each row, the lowest first."""
+        words = -(-max(self.masks, default=0).bit_length() // _WORD) or 1
+        return words, [mask >> _WORD * word & (1 << _WORD) - 1 for mask in self.masks for word in range(words)]
 
 
 class NativeDecoder:
@@ -61,65 +87,57 @@ class NativeDecoder:
         )
         self._decoder = byref(self.struct)
 
-    def forward(
-        self,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        row_sequences: torch.Tensor,
-        prefix_lengths: torch.Tensor,
-        masks: torch.Tensor,
-        block_tables: torch.Tensor,
-        block_size: int,
-        cache: torch.Tensor,
-    ) -> torch.Tensor:
-        """The last layer's output, float32 [rows, hidden]; the rows' keys and values are written to the cache.
+    def step(self, rows: StepRows, wanted: Sequence[int], block_size: int, cache: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of the rows `wanted`, float32 [len(wanted), vocab]; all rows' keys and values are written.
 
-        token_ids, positions, slots: int64 [rows]. The others as in `kernels.blocks.AttentionBatch`.
         cache: [layers, 2, slots, kv_heads, head_dim], float32 or bfloat16.
 
         Raises:
-            ValueError: shapes or types that do not fit.
-            IndexError: a token or a position that the model has not.
+            ValueError: another shape or type.
+            IndexError: a token or a position that the model has not, or a wanted row that there is not.
         """
-        rows = row_sequences.shape[0]
-        for name, tensor in (("token_ids", token_ids), ("positions", positions), ("slots", slots)):
-            check_tensor(name, tensor, (rows,), torch.int64)
-        check_visibility(block_tables, block_size, row_sequences, prefix_lengths, masks)
-        batch = AttentionBatchStruct(
-            pointer(block_tables),
-            block_tables.shape[1],
-            block_size,
-            pointer(row_sequences),
-            pointer(prefix_lengths),
-            pointer(masks),
-            masks.shape[1],
-            pointer(slots),
-            None,
-            None,
-            rows,
+        if wanted and not 0 <= min(wanted) <= max(wanted) < len(rows.token_ids):
+            raise IndexError(f"rows {min(wanted)}..{max(wanted)} are wanted; there are {len(rows.token_ids)}")
+        # The structure holds addresses: these arrays outlive the call.
+        words, masks = rows.mask_words()
+        blocks = max(map(len, rows.block_tables))
+        padded = [[*table, *[0] * (blocks - len(table))] for table in rows.block_tables]
+        tokens, positions, slots, chosen = (
+            array("q", numbers) for numbers in (rows.token_ids, rows.positions, rows.slots, wanted)
         )
-        hidden = torch.empty(rows, self._hidden)
-        wrong = self._library.specserve_decoder_forward(
+        sequences, prefixes, tables = (
+            array("i", numbers) for numbers in (rows.row_sequences, rows.prefix_lengths, chain.from_iterable(padded))
+        )
+        seen = array("Q", masks)
+        batch = AttentionBatchStruct(
+            tables.buffer_info()[0],
+            blocks,
+            block_size,
+            sequences.buffer_info()[0],
+            prefixes.buffer_info()[0],
+            seen.buffer_info()[0],
+            words,
+            slots.buffer_info()[0],
+            None,
+            None,
+            len(tokens),
+        )
+        logits = torch.empty(len(chosen), self._vocab)
+        wrong = self._library.specserve_decoder_step(
             self._decoder,
             byref(self.kv_struct(cache)),
-            pointer(token_ids),
-            pointer(positions),
+            tokens.buffer_info()[0],
+            positions.buffer_info()[0],
             byref(batch),
-            pointer(hidden),
+            chosen.buffer_info()[0],
+            len(chosen),
+            pointer(logits),
         )
         if wrong >= 0:
             raise IndexError(
-                f"row {wrong} has token {int(token_ids[wrong])} at position {int(positions[wrong])}; the model has "
+                f"row {wrong} has token {tokens[wrong]} at position {positions[wrong]}; the model has "
                 f"{self._vocab} tokens and {self._context} positions"
             )
-        return hidden
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden float32 [rows, hidden] -> head of its final norm, float32 [rows, vocab]."""
-        check_tensor("hidden", hidden, (None, self._hidden), torch.float32)
-        logits = torch.empty(hidden.shape[0], self._vocab)
-        self._library.specserve_decoder_logits(self._decoder, pointer(hidden), hidden.shape[0], pointer(logits))
         return logits
 
     def kv_struct(self, cache: torch.Tensor) -> KvCacheStruct:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import torch
 
 from kernels.kv_compaction.reference import check_moves
@@ -12,10 +15,12 @@ from kernels.native.structures import pointer
 _SHORT_BYTES = 2**18
 
 
-def kv_compaction(cache: torch.Tensor, moves: torch.Tensor) -> None:
+def kv_compaction(cache: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
     """See `kernels.blocks.KvCompaction`; any element type."""
-    check_moves(cache, moves)
+    check_moves(cache, sources, targets)
     layers, two, slots, kv_heads, head_dim = cache.shape
-    planes, slot_bytes, count = layers * two, kv_heads * head_dim * cache.element_size(), moves.shape[1]
+    planes, slot_bytes, count = layers * two, kv_heads * head_dim * cache.element_size(), len(sources)
     library = load_for_short_calls() if planes * slot_bytes * count <= _SHORT_BYTES else load()
-    library.specserve_kv_compaction(pointer(cache), planes, slots, slot_bytes, pointer(moves), count)
+    left, taken = array("q", sources), array("q", targets)
+    addresses = left.buffer_info()[0], taken.buffer_info()[0]
+    library.specserve_kv_compaction(pointer(cache), planes, slots, slot_bytes, *addresses, count)

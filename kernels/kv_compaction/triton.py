@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -40,17 +42,18 @@ def _kv_compaction_kernel(
         tl.debug_barrier()
 
 
-def kv_compaction(cache: torch.Tensor, moves: torch.Tensor) -> None:
+def kv_compaction(cache: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
     """See `kernels.blocks.KvCompaction`, under one condition: no slot is first a target and later a source.
 
     Moving an accepted path meets it: with a sequence's moves in order, entries only move towards the front, and the
     slots of two sequences are distinct. Up to MAX_MOVES moves need no condition.
     """
-    check_moves(cache, moves)
+    check_moves(cache, sources, targets)
     layers, two, slots, kv_heads, head_dim = cache.shape
-    count, slot_size = moves.shape[1], kv_heads * head_dim
+    count, slot_size = len(sources), kv_heads * head_dim
     if count == 0:
         return
+    moves = torch.tensor([sources, targets], dtype=torch.int64).to(cache.device)
     _kv_compaction_kernel[(layers * two, triton.cdiv(slot_size, CHUNK))](
         cache,
         moves[0],

@@ -9,7 +9,7 @@ namespace specserve {
 namespace {
 
 struct Buffers {
-  Buffer between, cos, sin;
+  Buffer between, cos, sin, hidden, wanted;
 };
 
 Buffers& buffers() {
@@ -64,6 +64,15 @@ void decoder_forward(ThreadPool& pool, const Decoder& decoder, const KvCache& ca
 
 void decoder_logits(ThreadPool& pool, const Decoder& decoder, const float* hidden, std::int64_t rows, float* logits) {
   packed_linear(pool, {hidden, rows, decoder.final_norm, decoder.norm_eps}, decoder.head, nullptr, logits);
+}
+
+void decoder_step(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, const std::int64_t* token_ids,
+                  const std::int64_t* positions, const AttentionBatch& batch, const std::int64_t* wanted, std::int64_t count,
+                  float* logits) {
+  const std::int64_t size = decoder.head.inputs;
+  float* hidden = buffers().hidden.get(batch.rows * size);
+  decoder_forward(pool, decoder, cache, token_ids, positions, batch, hidden);
+  if (count > 0) decoder_logits(pool, decoder, gather_rows(hidden, wanted, count, size, buffers().wanted), count, logits);
 }
 
 }  // namespace specserve

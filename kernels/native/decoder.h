@@ -30,11 +30,16 @@ struct KvCache {
 };
 
 // hidden [batch.rows, hidden]: the last layer's output for the rows' tokens, whose keys and values are written into the
-// cache. token_ids, positions: [rows]. The batch's cos and sin are not read: they follow from the positions.
+// cache. token_ids, positions: [rows], of the model. The batch's cos and sin are not read: they follow from the positions.
 void decoder_forward(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, const std::int64_t* token_ids,
                      const std::int64_t* positions, const AttentionBatch& batch, float* hidden);
 
 // logits [rows, vocab] of hidden [rows, hidden].
 void decoder_logits(ThreadPool& pool, const Decoder& decoder, const float* hidden, std::int64_t rows, float* logits);
+
+// Both: logits [count, vocab] of the batch's rows wanted[0], ..., wanted[count - 1].
+void decoder_step(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, const std::int64_t* token_ids,
+                  const std::int64_t* positions, const AttentionBatch& batch, const std::int64_t* wanted, std::int64_t count,
+                  float* logits);
 
 }  // namespace specserve

@@ -95,18 +95,15 @@ void specserve_mlp_block(const MlpLayer* layer, const float* hidden, std::int64_
 }
 
 // Returns the first row whose token or position does not exist, and computes nothing then; -1 when there is none.
-std::int64_t specserve_decoder_forward(const Decoder* decoder, const KvCache* cache, const std::int64_t* token_ids,
-                                       const std::int64_t* positions, const AttentionBatch* batch, float* hidden) {
+std::int64_t specserve_decoder_step(const Decoder* decoder, const KvCache* cache, const std::int64_t* token_ids,
+                                    const std::int64_t* positions, const AttentionBatch* batch,
+                                    const std::int64_t* wanted, std::int64_t count, float* logits) {
   for (std::int64_t row = 0; row < batch->rows; ++row)
     if (token_ids[row] < 0 || token_ids[row] >= decoder->vocab || positions[row] < 0 ||
         positions[row] >= decoder->context)
       return row;
-  decoder_forward(Lease().pool(), *decoder, *cache, token_ids, positions, *batch, hidden);
+  decoder_step(Lease().pool(), *decoder, *cache, token_ids, positions, *batch, wanted, count, logits);
   return -1;
-}
-
-void specserve_decoder_logits(const Decoder* decoder, const float* hidden, std::int64_t rows, float* logits) {
-  decoder_logits(Lease().pool(), *decoder, hidden, rows, logits);
 }
 
 void specserve_grow_trees(const Decoder* decoder, const KvCache* cache, std::int64_t block_size,
@@ -127,14 +124,18 @@ void specserve_draw_tokens(const float* logits, std::int64_t vocab, std::int64_t
   });
 }
 
+// tokens[i]: the first with the highest of logits[i], where logits is [rows, vocab].
+void specserve_argmax_tokens(const float* logits, std::int64_t vocab, std::int64_t rows, std::int64_t* tokens) {
+  Lease().pool().parallel_for(static_cast<int>(rows), [&](int i) { tokens[i] = first_highest(logits + i * vocab, vocab); });
+}
+
 void specserve_merge_trees(const ScaleTables* tables, const Drafts* drafts, std::int64_t sequences, const Unions* unions) {
   merge_trees(*tables, *drafts, sequences, *unions);
 }
 
-// cache: [planes, slots, slot_bytes]; sources: [moves], and behind them as many targets.
+// cache: [planes, slots, slot_bytes]; sources, targets: [moves].
 void specserve_kv_compaction(char* cache, std::int64_t planes, std::int64_t slots, std::int64_t slot_bytes,
-                             const std::int64_t* sources, std::int64_t moves) {
-  const std::int64_t* targets = sources + moves;
+                             const std::int64_t* sources, const std::int64_t* targets, std::int64_t moves) {
   std::vector<char> moved(static_cast<std::size_t>(moves * slot_bytes));
   for (std::int64_t plane = 0; plane < planes; ++plane, cache += slots * slot_bytes) {
     for (std::int64_t m = 0; m < moves; ++m)

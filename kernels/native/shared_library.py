@@ -61,11 +61,19 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "specserve_mlp_block": (None, [POINTER(MlpLayerStruct), c_void_p, c_int64, c_int32, c_void_p]),
-    "specserve_decoder_forward": (
+    "specserve_decoder_step": (
         c_int64,
-        [POINTER(DecoderStruct), POINTER(KvCacheStruct), c_void_p, c_void_p, POINTER(AttentionBatchStruct), c_void_p],
+        [
+            POINTER(DecoderStruct),
+            POINTER(KvCacheStruct),
+            c_void_p,
+            c_void_p,
+            POINTER(AttentionBatchStruct),
+            c_void_p,
+            c_int64,
+            c_void_p,
+        ],
     ),
-    "specserve_decoder_logits": (None, [POINTER(DecoderStruct), c_void_p, c_int64, c_void_p]),
     "specserve_grow_trees": (
         None,
         [
@@ -79,11 +87,12 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "specserve_gumbel_noise": (None, [c_uint64, c_int64, c_int64, c_void_p]),
     "specserve_draw_tokens": (None, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p]),
+    "specserve_argmax_tokens": (None, [c_void_p, c_int64, c_int64, c_void_p]),
     "specserve_merge_trees": (
         None,
         [POINTER(ScaleTablesStruct), POINTER(DraftsStruct), c_int64, POINTER(UnionsStruct)],
     ),
-    "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64]),
+    "specserve_kv_compaction": (None, [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64]),
 }
 
 

@@ -279,6 +279,13 @@ inline float highest(const float* values, std::int64_t size) {
   return result;
 }
 
+// The first place of the highest of `size` values, at least one.
+inline std::int64_t first_highest(const float* values, std::int64_t size) {
+  const float top = highest(values, size);
+  const std::int64_t found = std::find(values, values + size, top) - values;
+  return found < size ? found : 0;  // NaN is equal to nothing
+}
+
 // e^x: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent. Relative error below 2e-7;
 // arguments outside [-87, 88] count as the bound, NaN stays NaN.
 inline Vec exp(Vec x) {

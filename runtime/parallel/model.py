@@ -83,7 +83,7 @@ class RankModel:
     def keep(self, paths: AcceptedPaths, cache: KVCache) -> None:
         """Move the KV of accepted paths in this rank's cache. A device that hangs is seen in the next step."""
         with self._group.activity.computing():
-            self.backend.kv_compaction(cache.data, paths.moves.to(self.device))
+            self.backend.kv_compaction(cache.data, *paths.moves.tolist())
 
     def _layers(self, batch: FlatBatch, cache: KVCache) -> torch.Tensor:
         """The hidden states behind the stage's layers, [rows, hidden]."""

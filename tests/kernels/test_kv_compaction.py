@@ -30,17 +30,16 @@ def test_moves_as_if_all_sources_were_read_first(compact: KvCompaction, data: st
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     cache = torch.randn(3, 2, slots, 2, 5).to(dtype)
     expected = expected_cache(cache, sources, targets)
-    compact(cache, torch.tensor([sources, targets], dtype=torch.int64))
+    compact(cache, sources, targets)
     assert torch.equal(cache, expected)
 
 
 @pytest.mark.parametrize("compact", IMPLEMENTATIONS)
 def test_wrong_operands_are_named(compact: KvCompaction) -> None:
     cache = torch.zeros(1, 2, 4, 1, 8)
-    one = torch.tensor([[1], [0]])
-    with pytest.raises(ValueError, match=r"moves is torch\.int32"):
-        compact(cache, one.int())
-    with pytest.raises(ValueError, match=r"moves has shape \(1, 1\); it must be \[2, any\]"):
-        compact(cache, one[:1])
+    with pytest.raises(ValueError, match="1 sources and 2 targets; each source needs a target"):
+        compact(cache, [1], [0, 2])
+    with pytest.raises(IndexError, match=r"slots 0\.\.4; the cache has 4"):
+        compact(cache, [4], [0])
     with pytest.raises(ValueError, match="cache has shape"):
-        compact(cache[0], one)
+        compact(cache[0], [1], [0])

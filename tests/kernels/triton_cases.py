@@ -330,7 +330,6 @@ def test_compaction_of_many_moves_towards_the_front() -> None:
 
 def assert_compacts_alike(cache: torch.Tensor, sources: list[int], targets: list[int]) -> None:
     expected, actual = cache.clone(), cache.to(DEVICE, copy=True)
-    moves = torch.tensor([sources, targets], dtype=torch.int64)
-    reference_compaction.kv_compaction(expected, moves)
-    triton_compaction.kv_compaction(actual, moves.to(DEVICE))
+    reference_compaction.kv_compaction(expected, sources, targets)
+    triton_compaction.kv_compaction(actual, sources, targets)
     assert torch.equal(actual.cpu(), expected)

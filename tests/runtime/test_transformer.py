@@ -33,13 +33,18 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def logits_of(model: Transformer, cache: KVCache, *segments: Segment) -> torch.Tensor:
+    """Of every row."""
+    return model.step(segments, range(sum(len(segment.token_ids) for segment in segments)), cache)
+
+
 def run_chain(model: Transformer, cache: KVCache, tokens: list[int], chunk: int) -> torch.Tensor:
     sequence = CachedSequence()
     cache.reserve(sequence, len(tokens))
     rows = []
     for start in range(0, len(tokens), chunk):
         segment = Segment.chain(sequence, tokens[start : start + chunk], start)
-        rows.append(model.logits(model.forward(FlatBatch.of([segment], model.device), cache)))
+        rows.append(logits_of(model, cache, segment))
     cache.release(sequence)
     return torch.cat(rows)
 
@@ -64,7 +69,7 @@ def test_tree_nodes_equal_their_paths_decoded_as_chains(folder: Path, kernels: R
     cache.reserve(sequence, 64)
     prefix = Segment.chain(sequence, committed, 0)
     nodes = Segment.tree(sequence, tree.token_ids, tree.depths(), tree.ancestor_masks(), len(committed))
-    logits = model.logits(model.forward(FlatBatch.of([prefix, nodes], model.device), cache))[len(committed) :]
+    logits = logits_of(model, cache, prefix, nodes)[len(committed) :]
     for node in range(len(tree)):
         path = [tree.token_ids[0], *(tree.token_ids[step] for step in tree.path(node))]
         alone = run_chain(model, cache, committed + path, 1)[-1]
@@ -83,7 +88,7 @@ def test_compacted_path_continues_like_a_chain(folder: Path, kernels: RequestedN
     cache.reserve(sequence, 64)
     prefix = Segment.chain(sequence, committed, 0)
     nodes = Segment.tree(sequence, tree.token_ids, tree.depths(), tree.ancestor_masks(), len(committed))
-    model.forward(FlatBatch.of([prefix, nodes], model.device), cache)
+    model.step([prefix, nodes], [], cache)
     start = len(committed)
     accepted = [2, 3, 4]
     model.compact(
@@ -93,7 +98,7 @@ def test_compacted_path_continues_like_a_chain(folder: Path, kernels: RequestedN
     )
     sequence.length = start + 4
     following = Segment.chain(sequence, [11], sequence.length)
-    logits = model.logits(model.forward(FlatBatch.of([following], model.device), cache))[0]
+    logits = logits_of(model, cache, following)[0]
     expected = run_chain(model, cache, [*committed, 5, 7, 8, 9, 11], 1)[-1]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -105,11 +110,11 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
     for index, sequence in enumerate(sequences):
         cache.reserve(sequence, 40)
         segments.append(Segment.chain(sequence, prompt(9 * index + 3, index), 0))
-    together = model.logits(model.forward(FlatBatch.of(segments, model.device), cache))
+    together = logits_of(model, cache, *segments)
     first = 0
     for segment in segments:
         count = len(segment.token_ids)
-        alone = model.logits(model.forward(FlatBatch.of([segment], model.device), cache))
+        alone = logits_of(model, cache, segment)
         assert torch.equal(together[first : first + count], alone)
         first += count
 
@@ -144,10 +149,11 @@ def test_one_call_for_all_layers_has_the_bits_of_the_layers(folder: Path, dtype:
     model, cache = load(folder, "native", dtype)
     sequence = CachedSequence()
     cache.reserve(sequence, 90)
-    batch = FlatBatch.of([Segment.chain(sequence, prompt(90), 0)], model.device)
-    together, written = model.forward(batch, cache), cache.data.clone()
+    segment, wanted = Segment.chain(sequence, prompt(90), 0), [*range(3, 90), 0, 0]
+    together, written = model.step([segment], wanted, cache), cache.data.clone()
     cache.data.zero_()
-    assert torch.equal(model.forward_by_layer(batch, cache), together)
+    hidden = model.forward(FlatBatch.of([segment], model.device), cache)
+    assert torch.equal(model.logits(hidden[wanted]), together)
     assert torch.equal(cache.data, written)
 
 
@@ -155,8 +161,10 @@ def test_tokens_and_positions_beyond_the_model_are_named(folder: Path) -> None:
     model, cache = load(folder, "native")
     sequence = CachedSequence()
     cache.reserve(sequence, 3)
-    batch = FlatBatch.of([Segment.chain(sequence, [1, VOCAB, 2], 0)], model.device)
+    segment = Segment.chain(sequence, [1, VOCAB, 2], 0)
     with pytest.raises(
         IndexError, match=f"row 1 has token {VOCAB} at position 1; the model has {VOCAB} tokens and 256"
     ):
-        model.forward(batch, cache)
+        model.step([segment], [], cache)
+    with pytest.raises(IndexError, match=r"rows 0\.\.3 are wanted; there are 3"):
+        model.step([Segment.chain(sequence, [1, 1, 2], 0)], [0, 3], cache)

@@ -122,12 +122,12 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verifier = running.verifier(llm)
-    whole = Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+    whole = Transformer.step
+    monkeypatch.setattr(Transformer, "step", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
     with pytest.raises(SequenceFailed, match="out of memory") as caught:
         verifier.generate(PROMPT, 8)
     assert caught.value.reason == verifier_pb2.FAILURE_REASON_INTERNAL
-    monkeypatch.setattr(Transformer, "forward", whole)
+    monkeypatch.setattr(Transformer, "step", whole)
     assert verifier.generate(PROMPT, 8).token_ids == hugging_face_greedy(llm, PROMPT, 8)
 
 
@@ -135,7 +135,7 @@ def test_who_waits_is_not_failed_by_a_step_of_others(
     llm: Path, running: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verifier = running.verifier(llm, max_sequences=1)
-    whole, failed = Transformer.forward, list[bool]()
+    whole, failed = Transformer.step, list[bool]()
 
     def fails_once(*args: Any) -> torch.Tensor:
         if not failed and verifier.metric("waiting_sequences") == 1:
@@ -143,7 +143,7 @@ def test_who_waits_is_not_failed_by_a_step_of_others(
             raise MemoryError("out of memory")
         return whole(*args)
 
-    monkeypatch.setattr(Transformer, "forward", fails_once)
+    monkeypatch.setattr(Transformer, "step", fails_once)
     with channel(verifier.address, INSECURE) as connection:
         first = Begun(connection, request(PROMPT, 250))
         first.admitted()
@@ -161,7 +161,7 @@ def test_behind_an_error_of_the_device_another_verifier_can_go_on(
 ) -> None:
     """One that failed whatever it is given would be the least loaded of all."""
     verifier = running.verifier(llm)
-    monkeypatch.setattr(Transformer, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("illegal access")))
+    monkeypatch.setattr(Transformer, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("illegal access")))
     monkeypatch.setattr(Runner, "device_works", lambda _: False)
     for _ in range(2):
         with pytest.raises(SequenceFailed) as caught:
@@ -211,13 +211,13 @@ def test_an_error_between_steps_leaves_nobody_waiting(
 
 def _slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a request does not end before something else does."""
-    whole = Transformer.forward
+    whole = Transformer.step
 
     def slow(*args: Any) -> torch.Tensor:
         time.sleep(0.02)
         return whole(*args)
 
-    monkeypatch.setattr(Transformer, "forward", slow)
+    monkeypatch.setattr(Transformer, "step", slow)
 
 
 def test_a_stopping_verifier_lets_another_go_on(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
