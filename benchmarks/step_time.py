@@ -20,7 +20,6 @@ import torch
 import typer
 
 from benchmarks.samples import StepTimes
-from kernels.token_draw.native import argmax_tokens
 from runtime.batch import Segment
 from runtime.kv_cache import CachedSequence, KVCache, longest_sequence_blocks
 from runtime.transformer import LoadOptions, Transformer
@@ -65,7 +64,8 @@ def _step_ms(model: Transformer, cache: KVCache, sequence: CachedSequence, tree:
     started = time.perf_counter()
     segment = Segment.tree(sequence, tree.token_ids, tree.depths(), tree.ancestor_masks(), start=sequence.length)
     logits = model.step([segment], range(len(tree)), cache)
-    argmax_tokens(logits) if model.backend.name == "native" else logits.argmax(-1).tolist()  # as in verification.py
+    if model.argmax is None:
+        (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()  # as in verification.py
     return 1000 * (time.perf_counter() - started)
 
 

@@ -38,10 +38,14 @@ class StepModel(LoadedPart, Protocol):
     def prepare_steps(self, sequences: int) -> int:
         """See Transformer.prepare_steps."""
 
+    @property
+    def argmax(self) -> list[int] | None:
+        """See Transformer."""
+
     def step(self, segments: Sequence[Segment], rows: Sequence[int], cache: KVCache) -> torch.Tensor:
         """Compute the segments' rows and return the next-token logits of some of them.
 
-        They are float32 [len(rows), vocab], contiguous.
+        They are float32 [len(rows), vocab], contiguous, and overwritten by the next step.
 
         Every cache must have the blocks that its rows write. A row's result depends on what it sees alone.
         """

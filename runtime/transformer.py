@@ -59,6 +59,7 @@ class LoadOptions:
 class Transformer:
     """A loaded model. Not thread-safe: one thread owns it and its caches.
 
+    argmax: the most likely token of each row of the last step's logits, where the step found it on the way.
     capture: how computations on its newest cache are captured; None where they are not.
     """
 
@@ -83,6 +84,7 @@ class Transformer:
         self._cos, self._sin = rotary_tables(config, device)
         self._decoder = self._native_decoder()
         self._draft_loop = None if self._decoder is None else NativeDraftLoop(self._decoder)
+        self.argmax: list[int] | None = None
         self._graphs: StepGraphs | None = None
         self.capture: Capture | None = None
 
@@ -146,7 +148,8 @@ class Transformer:
         be overwritten by the next step.
         """
         if self._decoder is not None:
-            return self._decoder.step(rows_of(segments), rows, BLOCK_SIZE, cache.data)
+            logits, self.argmax = self._decoder.step(rows_of(segments), rows, BLOCK_SIZE, cache.data)
+            return logits
         graphs = self._graphs
         if graphs is not None and graphs.cache is cache and (shape := graphs.shape_of(segments)) is not None:
             return graphs.step(shape, segments, rows)

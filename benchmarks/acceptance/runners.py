@@ -87,7 +87,7 @@ class VisitedNodes(Runner):
     def _last_rows(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Logits of the last row of each segment, float32 [segments, vocab]."""
         ends = accumulate(len(segment.token_ids) for segment in segments)
-        return self.model.step(segments, [end - 1 for end in ends], self.cache)
+        return self.model.step(segments, [end - 1 for end in ends], self.cache).clone()  # kept beyond the next step
 
     def _logits(self, visits: Sequence[_Visit]) -> StepLogits:
         starts: dict[int, int] = {}

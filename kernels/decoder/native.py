@@ -86,9 +86,17 @@ class NativeDecoder:
             self._context,
         )
         self._decoder = byref(self.struct)
+        # Each touch of a tensor behind a step costs some microseconds, since its code has left the caches: what a step
+        # needs of them is kept.
+        self._logits = {0: (torch.empty(0, self._vocab), 0)}  # with their address, by number of rows
+        self._caches: tuple[torch.Tensor, KvCacheStruct] | None = None  # the last one that was used
 
-    def step(self, rows: StepRows, wanted: Sequence[int], block_size: int, cache: torch.Tensor) -> torch.Tensor:
-        """Next-token logits of the rows `wanted`, float32 [len(wanted), vocab]; all rows' keys and values are written.
+    def step(
+        self, rows: StepRows, wanted: Sequence[int], block_size: int, cache: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Next-token logits of the rows `wanted`, float32 [len(wanted), vocab], and of each the first highest token.
+
+        All rows' keys and values are written. The logits are overwritten by a later step.
 
         cache: [layers, 2, slots, kv_heads, head_dim], float32 or bfloat16.
 
@@ -122,7 +130,8 @@ class NativeDecoder:
             None,
             len(tokens),
         )
-        logits = torch.empty(len(chosen), self._vocab)
+        argmax = array("q", bytes(8 * len(chosen)))
+        logits, address = self._room(len(chosen))
         wrong = self._library.specserve_decoder_step(
             self._decoder,
             byref(self.kv_struct(cache)),
@@ -131,18 +140,34 @@ class NativeDecoder:
             byref(batch),
             chosen.buffer_info()[0],
             len(chosen),
-            pointer(logits),
+            address,
+            argmax.buffer_info()[0],
         )
         if wrong >= 0:
             raise IndexError(
                 f"row {wrong} has token {tokens[wrong]} at position {positions[wrong]}; the model has "
                 f"{self._vocab} tokens and {self._context} positions"
             )
-        return logits
+        return logits, argmax.tolist()
+
+    def _room(self, rows: int) -> tuple[torch.Tensor, int]:
+        """For logits, with its address; the largest so far serves all smaller numbers of rows."""
+        if (room := self._logits.get(rows)) is None:
+            if rows > (largest := max(self._logits)):
+                self._logits.clear()
+                made = torch.empty(rows, self._vocab)
+            else:
+                made = self._logits[largest][0][:rows]
+            room = self._logits[rows] = made, made.data_ptr()
+        return room
 
     def kv_struct(self, cache: torch.Tensor) -> KvCacheStruct:
         """Raises ValueError: the cache has another model's shape, or a type that the kernels do not read."""
+        if self._caches is not None and self._caches[0] is cache:
+            return self._caches[1]
         check_tensor("cache", cache, (self._layers, 2, None, *self._head_shape))
         if cache.dtype not in KV_DTYPES:
             raise ValueError(f"cache is {cache.dtype}; it must be one of {KV_DTYPES}")
-        return KvCacheStruct(pointer(cache), cache.shape[2], cache.dtype == torch.bfloat16)
+        struct = KvCacheStruct(pointer(cache), cache.shape[2], cache.dtype == torch.bfloat16)
+        self._caches = cache, struct
+        return struct

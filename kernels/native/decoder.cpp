@@ -68,11 +68,14 @@ void decoder_logits(ThreadPool& pool, const Decoder& decoder, const float* hidde
 
 void decoder_step(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, const std::int64_t* token_ids,
                   const std::int64_t* positions, const AttentionBatch& batch, const std::int64_t* wanted, std::int64_t count,
-                  float* logits) {
+                  float* logits, std::int64_t* argmax) {
   const std::int64_t size = decoder.head.inputs;
   float* hidden = buffers().hidden.get(batch.rows * size);
   decoder_forward(pool, decoder, cache, token_ids, positions, batch, hidden);
-  if (count > 0) decoder_logits(pool, decoder, gather_rows(hidden, wanted, count, size, buffers().wanted), count, logits);
+  if (count == 0) return;
+  decoder_logits(pool, decoder, gather_rows(hidden, wanted, count, size, buffers().wanted), count, logits);
+  const std::int64_t vocab = decoder.head.outputs;
+  pool.parallel_for(static_cast<int>(count), [&](int i) { argmax[i] = first_highest(logits + i * vocab, vocab); });
 }
 
 }  // namespace specserve

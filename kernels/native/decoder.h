@@ -37,9 +37,9 @@ void decoder_forward(ThreadPool& pool, const Decoder& decoder, const KvCache& ca
 // logits [rows, vocab] of hidden [rows, hidden].
 void decoder_logits(ThreadPool& pool, const Decoder& decoder, const float* hidden, std::int64_t rows, float* logits);
 
-// Both: logits [count, vocab] of the batch's rows wanted[0], ..., wanted[count - 1].
+// Both: logits [count, vocab] of the batch's rows wanted[0], ..., wanted[count - 1], and of each the first highest token.
 void decoder_step(ThreadPool& pool, const Decoder& decoder, const KvCache& cache, const std::int64_t* token_ids,
                   const std::int64_t* positions, const AttentionBatch& batch, const std::int64_t* wanted, std::int64_t count,
-                  float* logits);
+                  float* logits, std::int64_t* argmax);
 
 }  // namespace specserve

@@ -97,12 +97,13 @@ void specserve_mlp_block(const MlpLayer* layer, const float* hidden, std::int64_
 // Returns the first row whose token or position does not exist, and computes nothing then; -1 when there is none.
 std::int64_t specserve_decoder_step(const Decoder* decoder, const KvCache* cache, const std::int64_t* token_ids,
                                     const std::int64_t* positions, const AttentionBatch* batch,
-                                    const std::int64_t* wanted, std::int64_t count, float* logits) {
+                                    const std::int64_t* wanted, std::int64_t count, float* logits,
+                                    std::int64_t* argmax) {
   for (std::int64_t row = 0; row < batch->rows; ++row)
     if (token_ids[row] < 0 || token_ids[row] >= decoder->vocab || positions[row] < 0 ||
         positions[row] >= decoder->context)
       return row;
-  decoder_step(Lease().pool(), *decoder, *cache, token_ids, positions, *batch, wanted, count, logits);
+  decoder_step(Lease().pool(), *decoder, *cache, token_ids, positions, *batch, wanted, count, logits, argmax);
   return -1;
 }
 
@@ -122,11 +123,6 @@ void specserve_draw_tokens(const float* logits, std::int64_t vocab, std::int64_t
   Lease().pool().parallel_for(static_cast<int>(count), [&](int i) {
     tokens[i] = gumbel_argmax(logits + rows[i] * vocab, vocab, temperatures[i], seeds[i], positions[i]);
   });
-}
-
-// tokens[i]: the first with the highest of logits[i], where logits is [rows, vocab].
-void specserve_argmax_tokens(const float* logits, std::int64_t vocab, std::int64_t rows, std::int64_t* tokens) {
-  Lease().pool().parallel_for(static_cast<int>(rows), [&](int i) { tokens[i] = first_highest(logits + i * vocab, vocab); });
 }
 
 void specserve_merge_trees(const ScaleTables* tables, const Drafts* drafts, std::int64_t sequences, const Unions* unions) {

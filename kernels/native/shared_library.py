@@ -72,6 +72,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
             c_void_p,
             c_int64,
             c_void_p,
+            c_void_p,
         ],
     ),
     "specserve_grow_trees": (
@@ -87,7 +88,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "specserve_gumbel_noise": (None, [c_uint64, c_int64, c_int64, c_void_p]),
     "specserve_draw_tokens": (None, [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p]),
-    "specserve_argmax_tokens": (None, [c_void_p, c_int64, c_int64, c_void_p]),
     "specserve_merge_trees": (
         None,
         [POINTER(ScaleTablesStruct), POINTER(DraftsStruct), c_int64, POINTER(UnionsStruct)],

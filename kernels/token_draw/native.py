@@ -1,4 +1,4 @@
-"""Choices of tokens on the CPU, all rows of a step in one call."""
+"""Draws of tokens on the CPU, all rows of a step in one call."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ import torch
 from kernels.blocks import check_tensor
 from kernels.native.shared_library import load
 from kernels.native.structures import pointer
-
-
-def argmax_tokens(logits: torch.Tensor) -> list[int]:
-    """The first token with the highest logit of each row. logits: float32 [rows, vocab].
-
-    Raises:
-        ValueError: another shape or type.
-    """
-    check_tensor("logits", logits, (None, None), torch.float32)
-    tokens = array("q", bytes(8 * len(logits)))
-    load().specserve_argmax_tokens(pointer(logits), logits.shape[1], len(logits), tokens.buffer_info()[0])
-    return tokens.tolist()
 
 
 def draw_tokens(

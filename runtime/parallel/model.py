@@ -150,6 +150,8 @@ class _Ends:
 class LeadingModel:
     """Rank 0's model: a `StepModel` whose every step all ranks take together."""
 
+    argmax = None
+
     def __init__(self, own: RankModel, group: Group) -> None:
         self._own = own
         self._group = group

@@ -204,22 +204,20 @@ class Engine:
                 _add_prompt_logprobs(plan, chunk)
         decoding = [plan.sequence for plan in plans if plan.decodes]
         self.runner.keep([(sequence, accepted[sequence.id].nodes) for sequence in decoding])
-        outputs: list[tuple[Sink, StepOutput]] = []
-        for sequence in decoding:
-            start = logits.tree_starts[sequence.id]
-            outputs.append((sequence.sink, self._advance(sequence, accepted[sequence.id], logits.trees[start:])))
+        outputs = [(sequence.sink, self._advance(sequence, accepted[sequence.id], logits)) for sequence in decoding]
         for sequence in decoding:  # once all outputs are made: what fails before fails every sequence of the step
             if sequence.finish_reason is not None:
                 self._end(sequence, sequence.finish_reason.value)
         return outputs
 
-    def _advance(self, sequence: RunningSequence, step: Accepted, rows: torch.Tensor) -> StepOutput:
+    def _advance(self, sequence: RunningSequence, step: Accepted, logits: StepLogits) -> StepOutput:
         sequence.llm_steps += 1
         kept = sequence.append(step.token_ids)
         logprobs: tuple[TokenLogprob, ...] = ()
         if sequence.request.top_logprobs is not None and kept:
-            visited = rows[[0, *step.nodes][: len(kept)]]
-            logprobs = gather_logprobs(visited, kept, sequence.request.top_logprobs)
+            root = logits.tree_starts[sequence.id]
+            visited = [root, *[root + node for node in step.nodes]][: len(kept)]
+            logprobs = gather_logprobs(logits.trees[visited], kept, sequence.request.top_logprobs)
         prompt_logprobs = () if sequence.prompt_logprobs_sent else tuple(sequence.prompt_logprobs)
         sequence.prompt_logprobs_sent = True
         return StepOutput(kept, sequence.llm_steps, logprobs, prompt_logprobs, sequence.finish_reason)

@@ -22,6 +22,7 @@ class StepLogits:
     rows: rows of the forward pass; chunk_rows: those of prompt chunks.
     trees: float32 [nodes of all trees, vocab]; the nodes of sequence i start at tree_starts[i].
     chunks: float32 [chunk rows, vocab] by sequence id, only where prompt log-probabilities are wanted.
+    argmax: the first most likely token of each row, trees' first; None where the step did not find it.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class StepLogits:
     trees: torch.Tensor
     tree_starts: Mapping[int, int]
     chunks: Mapping[int, torch.Tensor]
+    argmax: list[int] | None = None
 
 
 class Runner:
@@ -78,8 +80,11 @@ class Runner:
         logits = self.model.step(segments, wanted, self.cache)
         for plan in plans:
             plan.sequence.cache.length = plan.chunk_end
-        trees, *chunks = logits.split([in_trees, *map(len, spans.values())])
-        return StepLogits(rows, rows - in_trees, trees, tree_starts, dict(zip(spans, chunks, strict=True)))
+        chunks: dict[int, torch.Tensor] = {}
+        if spans:
+            logits, *parts = logits.split([in_trees, *map(len, spans.values())])
+            chunks = dict(zip(spans, parts, strict=True))
+        return StepLogits(rows, rows - in_trees, logits, tree_starts, chunks, self.model.argmax)
 
     def keep(self, accepted: Sequence[tuple[RunningSequence, tuple[int, ...]]]) -> None:
         """Commit the KV of roots and accepted nodes; free what else the trees wrote.

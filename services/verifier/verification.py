@@ -10,7 +10,7 @@ from itertools import islice
 
 import torch
 
-from kernels.token_draw.native import argmax_tokens, draw_tokens
+from kernels.token_draw.native import draw_tokens
 from runtime.step_model import StepModel
 from services.verifier.runner import StepLogits
 from services.verifier.sequence import Sequence
@@ -83,7 +83,8 @@ def _choose(
         tree, start = drafts[sequence.id].tree, logits.tree_starts[sequence.id]
         if sequence.pipeline.plain_argmax:
             if argmax is None:
-                argmax = _argmax(logits.trees, choosing)
+                # torch's argmax takes ten times as long as numpy's
+                argmax = logits.trees.numpy().argmax(-1).tolist() if logits.argmax is None else logits.argmax
             chosen[sequence.id] = argmax[start : start + len(tree)]
         elif choosing is Choosing.NATIVE and _is_plain_draw(sequence, sampling_rule):
             drawn.append((sequence, tree))
@@ -93,13 +94,6 @@ def _choose(
         for sequence_id, count in zip(draws.sequence_ids, draws.counts, strict=True):
             chosen[sequence_id] = list(islice(tokens, count))
     return chosen
-
-
-def _argmax(logits: torch.Tensor, choosing: Choosing) -> list[int]:
-    if choosing is Choosing.NATIVE:
-        return argmax_tokens(logits)
-    tokens: list[int] = logits.numpy().argmax(-1).tolist()  # torch's takes ten times as long
-    return tokens
 
 
 def _choose_on_device(

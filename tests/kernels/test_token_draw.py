@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.token_draw.native import argmax_tokens, draw_tokens
+from kernels.token_draw.native import draw_tokens
 from speculation.noise import gumbel_noise
 
 TEMPERATURES = [1e-20, 0.3, 1.0, 2.5]
@@ -43,16 +43,6 @@ def test_draws_follow_the_distribution() -> None:
     # five standard deviations of a share are at most 5 / (2 sqrt(count)) = 0.018
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.018, rtol=0)
     assert shares[3] == 0
-
-
-@pytest.mark.parametrize("vocab", [1, 5, 16, 33, 4096])
-def test_the_first_of_the_highest_logits_is_the_argmax(vocab: int) -> None:
-    logits = torch.randint(-3, 4, (7, vocab), generator=torch.Generator().manual_seed(vocab)).float()
-    logits[6] = -torch.inf
-    assert argmax_tokens(logits) == logits.numpy().argmax(-1).tolist()
-    assert argmax_tokens(logits[:0]) == []
-    logits[0] = torch.nan
-    assert argmax_tokens(logits)[0] == 0
 
 
 def test_wrong_rows_and_temperatures_are_refused() -> None:

@@ -35,7 +35,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def logits_of(model: Transformer, cache: KVCache, *segments: Segment) -> torch.Tensor:
     """Of every row."""
-    return model.step(segments, range(sum(len(segment.token_ids) for segment in segments)), cache)
+    return model.step(segments, range(sum(len(segment.token_ids) for segment in segments)), cache).clone()
 
 
 def run_chain(model: Transformer, cache: KVCache, tokens: list[int], chunk: int) -> torch.Tensor:
@@ -151,6 +151,7 @@ def test_one_call_for_all_layers_has_the_bits_of_the_layers(folder: Path, dtype:
     cache.reserve(sequence, 90)
     segment, wanted = Segment.chain(sequence, prompt(90), 0), [*range(3, 90), 0, 0]
     together, written = model.step([segment], wanted, cache), cache.data.clone()
+    assert model.argmax == together.argmax(-1).tolist()
     cache.data.zero_()
     hidden = model.forward(FlatBatch.of([segment], model.device), cache)
     assert torch.equal(model.logits(hidden[wanted]), together)
