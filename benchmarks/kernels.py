@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -81,13 +82,13 @@ def linear_cases(backends: Sequence[Backend], outputs: int, inputs: int, rows: i
 def attention_cases(backends: Sequence[Backend], context: int, rows: int) -> dict[str, Timed]:
     batch = tree_batch(rows, context)
     query = torch.randn(rows, HEADS, HEAD_DIM)
-    keys, values = torch.randn(2, context + rows + BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    return {
-        NAMES[backend.name]: partial(
-            backend.tree_attention,
+    kv = torch.randn(2, _slots(context, rows), KV_HEADS, HEAD_DIM)
+
+    def attend(backend: Backend, cache: torch.Tensor) -> torch.Tensor:
+        return backend.tree_attention(
             query,
-            keys,
-            values,
+            cache[0],
+            cache[1],
             batch.block_tables,
             batch.block_size,
             batch.row_sequences,
@@ -95,8 +96,15 @@ def attention_cases(backends: Sequence[Backend], context: int, rows: int) -> dic
             batch.masks,
             HEAD_DIM**-0.5,
         )
-        for backend in backends
-    }
+
+    cases: dict[str, Timed] = {f"{NAMES[backend.name]}, float32": partial(attend, backend, kv) for backend in backends}
+    cases["ours, bfloat16 in memory"] = partial(attend, backends[0], kv.bfloat16())
+    return cases
+
+
+def _slots(context: int, rows: int) -> int:
+    """Of whole blocks: no kernel may read beyond one."""
+    return -(-(context + rows) // BLOCK_SIZE) * BLOCK_SIZE
 
 
 def layer_cases(backends: Sequence[Backend], context: int, rows: int) -> dict[str, Timed]:
@@ -116,19 +124,20 @@ def layer_cases(backends: Sequence[Backend], context: int, rows: int) -> dict[st
         norm_eps=1e-5,
     )
     batch, hidden = tree_batch(rows, context), torch.randn(rows, HIDDEN)
-    kv = torch.randn(2, context + rows + BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    return {
-        NAMES[backend.name]: partial(
-            _run_layer, backend.pack_attention(attention), backend.pack_mlp(mlp), hidden, kv, batch
-        )
+    kv = torch.randn(2, _slots(context, rows), KV_HEADS, HEAD_DIM)
+
+    def run(attention: AttentionBlock, mlp: MlpBlock, cache: torch.Tensor) -> torch.Tensor:
+        return mlp(attention(hidden, cache, batch, residual=True), residual=True)
+
+    cases: dict[str, Timed] = {
+        f"{NAMES[backend.name]}, float32": partial(run, backend.pack_attention(attention), backend.pack_mlp(mlp), kv)
         for backend in backends
     }
-
-
-def _run_layer(
-    attention: AttentionBlock, mlp: MlpBlock, hidden: torch.Tensor, kv: torch.Tensor, batch: AttentionBatch
-) -> torch.Tensor:
-    return mlp(attention(hidden, kv, batch, residual=True), residual=True)
+    narrow_attention = replace(attention, qkv=attention.qkv.bfloat16(), output=attention.output.bfloat16())
+    narrow_mlp = replace(mlp, gate_up=mlp.gate_up.bfloat16(), down=mlp.down.bfloat16())
+    narrow = backends[0].pack_attention(narrow_attention), backends[0].pack_mlp(narrow_mlp)
+    cases["ours, bfloat16 in memory"] = partial(run, *narrow, kv.bfloat16())
+    return cases
 
 
 def table(cases: Callable[[int], dict[str, Timed]], repeats: int) -> str:
@@ -152,9 +161,9 @@ def page(repeats: int, threads: int, command: str) -> str:
         title = f"## Linear layer, {outputs} x {inputs} ({4 * outputs * inputs / 2**20:.0f} MiB in float32)"
         sections += [title, table(partial(linear_cases, backends, outputs, inputs), repeats)]
     for context in CONTEXTS:
-        title = f"## Tree attention, {shape}, behind {context} tokens, float32"
+        title = f"## Tree attention, {shape}, behind {context} tokens"
         sections += [title, table(partial(attention_cases, backends, context), repeats)]
-    title = f"## Decoder layer, {HIDDEN} wide, {INTERMEDIATE} between, {shape}, behind {CONTEXTS[0]} tokens, float32"
+    title = f"## Decoder layer, {HIDDEN} wide, {INTERMEDIATE} between, {shape}, behind {CONTEXTS[0]} tokens"
     sections += [title, table(partial(layer_cases, backends, CONTEXTS[0]), repeats), "## Machine"]
     facts = describe_machine(threads)
     sections.append("\n".join(f"- {name}: {fact}" for name, fact in facts.items()))
