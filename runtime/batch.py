@@ -114,13 +114,13 @@ class HostBatch(NamedTuple):
     def of(cls, segments: Sequence[Segment]) -> HostBatch:
         """See FlatBatch.of."""
         rows = rows_of(segments)
-        blocks = max(map(len, rows.block_tables))
         words, masks = rows.mask_words()
+        blocks, tables = rows.padded_tables()
         return cls(
             np.array([rows.token_ids, rows.positions, rows.slots], dtype=np.int64),
             np.array([rows.row_sequences, rows.prefix_lengths], dtype=np.int32),
             np.array(masks, dtype=np.uint64).view(np.int64).reshape(-1, words),
-            np.array([[*table, *[0] * (blocks - len(table))] for table in rows.block_tables], dtype=np.int32),
+            np.array(tables, dtype=np.int32).reshape(-1, blocks),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from ctypes import byref
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,8 @@ from kernels.packed_linear.native import NativeLinear
 from kernels.tree_attention.native import KV_DTYPES
 
 _WORD = 64
+# Logits that keep their memory: of all steps but those that want a prompt's.
+_KEPT_LOGITS = 2**24
 
 
 class StepRows(NamedTuple):
@@ -47,6 +48,11 @@ class StepRows(NamedTuple):
         """How many words of 64 bits hold the longest mask, at least one; and so many of each row, the lowest first."""
         words = -(-max(self.masks, default=0).bit_length() // _WORD) or 1
         return words, [mask >> _WORD * word & (1 << _WORD) - 1 for mask in self.masks for word in range(words)]
+
+    def padded_tables(self) -> tuple[int, list[int]]:
+        """How many blocks the longest table has; and so many of each, zeros behind its own."""
+        blocks = max(map(len, self.block_tables))
+        return blocks, [block for table in self.block_tables for block in [*table, *[0] * (blocks - len(table))]]
 
 
 class NativeDecoder:
@@ -108,13 +114,12 @@ class NativeDecoder:
             raise IndexError(f"rows {min(wanted)}..{max(wanted)} are wanted; there are {len(rows.token_ids)}")
         # The structure holds addresses: these arrays outlive the call.
         words, masks = rows.mask_words()
-        blocks = max(map(len, rows.block_tables))
-        padded = [[*table, *[0] * (blocks - len(table))] for table in rows.block_tables]
+        blocks, padded = rows.padded_tables()
         tokens, positions, slots, chosen = (
             array("q", numbers) for numbers in (rows.token_ids, rows.positions, rows.slots, wanted)
         )
         sequences, prefixes, tables = (
-            array("i", numbers) for numbers in (rows.row_sequences, rows.prefix_lengths, chain.from_iterable(padded))
+            array("i", numbers) for numbers in (rows.row_sequences, rows.prefix_lengths, padded)
         )
         seen = array("Q", masks)
         batch = AttentionBatchStruct(
@@ -151,7 +156,10 @@ class NativeDecoder:
         return logits, argmax.tolist()
 
     def _room(self, rows: int) -> tuple[torch.Tensor, int]:
-        """For logits, with its address; the largest so far serves all smaller numbers of rows."""
+        """For logits, with its address; the largest that is kept serves all smaller numbers of rows."""
+        if rows * self._vocab > _KEPT_LOGITS:
+            made = torch.empty(rows, self._vocab)
+            return made, made.data_ptr()
         if (room := self._logits.get(rows)) is None:
             if rows > (largest := max(self._logits)):
                 self._logits.clear()
