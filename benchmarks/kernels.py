@@ -32,21 +32,24 @@ MATRICES = ((32768, 1024), (2048, 512))
 CONTEXTS = (128, 1024)
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 768, 12, 12, 64, 2048
 BLOCK_SIZE = 16
+_REST_S = 0.01
 NAMES = {"native": "ours", "torch": "PyTorch"}
 
 Timed = Callable[[], object]
 
 
 def best_ms(functions: Mapping[str, Timed], repeats: int) -> dict[str, float]:
-    """The shortest of `repeats` runs of each, in milliseconds; they take turns, and the first turn only warms up."""
+    """The shortest of `repeats` runs of each, in milliseconds; they take turns. Each rests until the threads of the one
+    before have ceased to spin, and runs once to wake its own.
+    """
     best = dict.fromkeys(functions, float("inf"))
-    for repeat in range(-1, repeats):
+    for _ in range(repeats):
         for name, function in functions.items():
+            time.sleep(_REST_S)
+            function()
             started = time.perf_counter()
             function()
-            elapsed = time.perf_counter() - started
-            if repeat >= 0:
-                best[name] = min(best[name], 1000 * elapsed)
+            best[name] = min(best[name], 1000 * (time.perf_counter() - started))
     return best
 
 
