@@ -17,6 +17,7 @@ from typing import NoReturn, TypeVar
 import uvloop
 
 from services.common.command_line import run_command
+from services.common.large_pages import use_large_pages
 from services.common.lifecycle import Lifecycle, StartupError
 from services.common.logs import configure_logs
 from services.common.metrics import metrics_endpoint
@@ -64,6 +65,7 @@ async def _serve(settings: S, serve: Serve[S]) -> int:
         async with serve(settings, lifecycle):
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the process: no request waits while it is looked through
+            use_large_pages()
             serving()
             log.info("serving", extra={"metrics_port": metrics_port} if metrics_port else None)
             await lifecycle.wait_stop()

@@ -10,6 +10,7 @@ from functools import partial
 from runtime.parallel.liveness import GroupFailed
 from runtime.parallel.model import RankModel, follow
 from runtime.parallel.place import Place
+from services.common.large_pages import use_large_pages
 from services.common.lifecycle import StartupError
 from services.common.loaded_model import LoadedModel, use_threads
 from services.common.logs import configure_logs
@@ -45,5 +46,6 @@ def _take_part(settings: VerifierSettings, place: Place) -> None:
         loaded = LoadedModel.load(
             settings.llm, load, settings.kv_memory, settings.max_sequences, settings.kv_blocks, settings.model_name
         )
+        use_large_pages()
         follow(loaded.model, loaded.cache, group)
     log.info("stopped")
