@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.native.memory import zeros
 from runtime.config import ModelConfig
 
 BLOCK_SIZE = 16
@@ -39,7 +40,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.layers, 2, (blocks + 1) * BLOCK_SIZE, config.kv_heads, config.head_dim)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        # attention goes from block to block of all sequences, each block of each layer in a place of its own
+        self.data = zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, device=device, dtype=dtype)
         self.blocks = blocks
         self._free = list(range(blocks - 1, -1, -1))
 

@@ -1,9 +1,14 @@
-"""Memory for packed weights. Nothing here knows what lies in it."""
+"""Memory for packed weights and KV caches, on pages of 2 MiB where Linux has them. Nothing here knows what lies in it.
+
+With such pages the processor hardly ever has to look up where an address is.
+"""
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -14,11 +19,10 @@ CACHE_LINE_BYTES = 64
 
 
 class PackedMemory:
-    """Hands out tensors one behind the other, in the order of the calls, on pages of 2 MiB where Linux has them.
+    """Hands out tensors one behind the other, in the order of the calls.
 
-    What is packed in the order of its use is read as one stream, and with large pages the processor hardly ever has to
-    translate an address: a model far larger than the caches is read faster for it. A chunk is given back with the last
-    tensor in it; of what was not handed out, only the begun page takes memory.
+    What is packed in the order of its use is read as one stream: a model far larger than the caches is read faster for
+    it. A chunk is given back with the last tensor in it; of what was not handed out, only the begun page takes memory.
     """
 
     def __init__(self) -> None:
@@ -31,6 +35,12 @@ class PackedMemory:
             self._rest = _map(max(4 * size, CHUNK_BYTES))
         taken, self._rest = self._rest[:words], self._rest[size:]
         return taken
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """From the start of a large page; takes memory as it is written to."""
+    words = _map(-(-math.prod(shape) * dtype.itemsize // 4) * 4)
+    return words.view(dtype)[: math.prod(shape)].view(*shape)
 
 
 def _map(size: int) -> torch.Tensor:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kernels.backend import choose_backend
-from kernels.native.memory import CACHE_LINE_BYTES, CHUNK_BYTES, HUGE_PAGE_BYTES, PackedMemory
+from kernels.native.memory import CACHE_LINE_BYTES, CHUNK_BYTES, HUGE_PAGE_BYTES, PackedMemory, zeros
 from kernels.packed_linear.native import NativeLinear
+from tests.process_memory import kib, mapping_of
 
 
 def test_tensors_follow_each_other_on_cache_lines() -> None:
@@ -41,23 +42,7 @@ def test_a_tensor_outlives_its_memory() -> None:
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no large pages")
 def test_large_pages_are_asked_for() -> None:
     taken = PackedMemory().take(HUGE_PAGE_BYTES // 4)
-    region = _region_of(taken.data_ptr())
-    assert "hg" in region["VmFlags"].split(), "the mapping is not advised to use large pages"
-
-
-def _region_of(address: int) -> dict[str, str]:
-    """The fields of the mapping in /proc/self/smaps that holds an address."""
-    fields: dict[str, str] = {}
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name.endswith(":"):
-            fields[name[:-1]] = value
-            continue
-        if fields.get("holds"):
-            return fields
-        start, stop = (int(bound, 16) for bound in name.split("-"))
-        fields = {"holds": "yes"} if start <= address < stop else {}
-    return fields
+    assert "hg" in mapping_of(taken.data_ptr())["VmFlags"].split(), "the mapping is not advised to use large pages"
 
 
 def test_layers_of_a_backend_are_packed_one_behind_the_other() -> None:
@@ -70,3 +55,16 @@ def test_layers_of_a_backend_are_packed_one_behind_the_other() -> None:
     assert second == first + 64 * 48 * 4
     x = torch.randn(3, 48)
     assert torch.equal(layers[0](x), NativeLinear(weights[0])(x))
+
+
+def test_zeros_start_with_a_large_page_and_take_memory_only_where_they_are_written_to() -> None:
+    cache = zeros((2, 3, 2**22), torch.bfloat16)
+    assert cache.shape == (2, 3, 2**22)
+    assert cache.dtype == torch.bfloat16
+    assert cache.data_ptr() % HUGE_PAGE_BYTES == 0
+    before = kib(cache.data_ptr(), "Rss")
+    cache[1, 2] = 1
+    written = 2 * 2**22 // 1024
+    assert written <= kib(cache.data_ptr(), "Rss") - before <= written + 2 * HUGE_PAGE_BYTES // 1024
+    assert cache[0].count_nonzero() == 0
+    assert cache[1].count_nonzero() == 2**22

@@ -2,54 +2,43 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from services.common.large_pages import LARGE_PAGE_BYTES, use_large_pages
+from tests.process_memory import kib
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-@pytest.fixture
-def memory() -> Iterator[mmap.mmap]:
-    mapping = mmap.mmap(-1, 8 * LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    yield mapping
-    mapping.close()
+class Memory:
+    """Room for eight large pages, wherever it begins, of which nothing is in use."""
 
+    def __init__(self) -> None:
+        self.bytes = mmap.mmap(-1, 9 * LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-def _kib(mapping: mmap.mmap, field: str) -> int:
-    """A field of the mapping that the memory lies in; Linux may have joined it with its neighbours."""
-    anchor = ctypes.c_char.from_buffer(mapping)
-    address = ctypes.addressof(anchor)
-    del anchor
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name = line.split()[0]
-        if not name.endswith(":"):
-            begin, end = (int(bound, 16) for bound in name.split("-"))
-            inside = begin <= address < end
-        elif inside and name == f"{field}:":
-            return int(line.split()[1])
-    raise LookupError(field)
+    def kib(self, field: str) -> int:
+        return kib(ctypes.addressof(ctypes.c_char.from_buffer(self.bytes)), field)
 
 
 @pytest.mark.skipif(not THP.exists(), reason="this kernel has no transparent huge pages")
-def test_filled_memory_is_moved_to_large_pages_and_keeps_its_contents(memory: mmap.mmap) -> None:
-    contents = bytes(range(256)) * (len(memory) // 256)
-    memory[:] = contents
-    before = _kib(memory, "AnonHugePages")
+def test_filled_memory_is_moved_to_large_pages_and_keeps_its_contents() -> None:
+    memory = Memory()
+    contents = bytes(range(256)) * (len(memory.bytes) // 256)
+    memory.bytes[:] = contents
+    before = memory.kib("AnonHugePages")
     moved = use_large_pages()
     if moved == 0:
         pytest.skip("this kernel cannot collapse memory into large pages (Linux 6.1 can), or has none left")
-    assert _kib(memory, "AnonHugePages") - before >= 7 * LARGE_PAGE_BYTES // 1024
-    assert memory[:] == contents
+    assert memory.kib("AnonHugePages") - before >= 8 * LARGE_PAGE_BYTES // 1024
+    assert memory.bytes[:] == contents
 
 
-def test_memory_that_is_hardly_used_takes_no_more_of_it(memory: mmap.mmap) -> None:
-    for start in range(0, len(memory), LARGE_PAGE_BYTES):
-        memory[start] = 1
-    before = _kib(memory, "Rss")
+def test_memory_that_is_hardly_used_takes_no_more_of_it() -> None:
+    memory = Memory()
+    for start in range(0, len(memory.bytes), LARGE_PAGE_BYTES):
+        memory.bytes[start] = 1
+    before = memory.kib("Rss")
     use_large_pages()
-    assert _kib(memory, "Rss") - before < LARGE_PAGE_BYTES // 1024
+    assert memory.kib("Rss") - before < LARGE_PAGE_BYTES // 1024
