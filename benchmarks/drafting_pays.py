@@ -188,7 +188,9 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens of an answer.")] = 96,
     temperature: Annotated[float, typer.Option(min=0, help="Of the requests.")] = 0.0,
     always: Annotated[bool, typer.Option(help="Draft in every step, whether it pays or not.")] = False,
-    out: Annotated[Path, typer.Option(help="The page.")] = RESULTS / "drafting-pays-cpu.md",
+    out: Annotated[
+        Path | None, typer.Option(help="The page. [default: drafting-pays-cpu.md or drafting-pays-sampled-cpu.md]")
+    ] = None,
 ) -> None:
     """Compares the default with plain decoding at every load."""
     console = Console(stderr=True)
@@ -204,7 +206,8 @@ def main(
         )
         found = asyncio.run(measured)
     text = page(found, _models(up), shown_command("benchmarks.drafting_pays", sys.argv[1:]), machine)
-    out.write_text(text, encoding="utf-8")
+    default = RESULTS / ("drafting-pays-sampled-cpu.md" if temperature else "drafting-pays-cpu.md")
+    (out or default).write_text(text, encoding="utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
