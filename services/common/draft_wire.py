@@ -27,10 +27,11 @@ _SELECTIONS_FROM_WIRE = {number: selection for selection, number in _SELECTIONS.
 
 def request_to_wire(request: SpeculateRequest) -> speculator_pb2.SpeculateRequest:
     message = speculator_pb2.SpeculateRequest(step=request.step, close=request.close)
-    if advance := request.advance:
-        message.advance.sequence_ids.extend([each.sequence_id for each in advance])
-        message.advance.token_counts.extend([len(each.token_ids) for each in advance])
-        message.advance.token_ids.extend(chain.from_iterable([each.token_ids for each in advance]))
+    if request.advance:
+        ids, tokens = zip(*request.advance, strict=True)
+        message.advance.sequence_ids.extend(ids)
+        message.advance.token_counts.extend(map(len, tokens))
+        message.advance.token_ids.extend(chain.from_iterable(tokens))
     for opened in request.open:
         message.open.add(
             sequence_id=opened.sequence_id,
@@ -38,16 +39,17 @@ def request_to_wire(request: SpeculateRequest) -> speculator_pb2.SpeculateReques
             sampling=sampling_to_wire(opened.sampling),
             prompt_length=opened.prompt_length,
         )
-    if wishes := request.draft:
+    if request.draft:
         draft = message.draft
-        draft.sequence_ids.extend([wish.sequence_id for wish in wishes])
-        draft.max_nodes.extend([wish.max_nodes for wish in wishes])
-        draft.max_depths.extend([wish.max_depth for wish in wishes])
-        draft.selections.extend([_SELECTIONS[wish.selection] for wish in wishes])
-        draft.min_confidences.extend([wish.min_confidence for wish in wishes])
-        draft.lookup_only.extend([wish.lookup_only for wish in wishes])
-        draft.width_counts.extend([len(wish.widths) for wish in wishes])
-        draft.widths.extend(chain.from_iterable([wish.widths for wish in wishes]))
+        ids, nodes, depths, widths, selections, floors, lookups = zip(*request.draft, strict=True)
+        draft.sequence_ids.extend(ids)
+        draft.max_nodes.extend(nodes)
+        draft.max_depths.extend(depths)
+        draft.selections.extend([_SELECTIONS[selection] for selection in selections])
+        draft.min_confidences.extend(floors)
+        draft.lookup_only.extend(lookups)
+        draft.width_counts.extend(map(len, widths))
+        draft.widths.extend(chain.from_iterable(widths))
     return message
 
 

@@ -63,8 +63,9 @@ class DraftStream:
         self._put(self._dialogue.opening(sequences))
 
     def send(self, step: int, orders: Sequence[DraftOrder]) -> None:
+        request = self._dialogue.order(step, orders)
         self._unanswered, self._sent_at = step, time.monotonic()
-        self._put(self._dialogue.order(step, orders))
+        self._put(request)
 
     def receive(self, step: int, deadline: float) -> Mapping[int, list[TokenTree]]:
         """The trees of a step.
