@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 
 CHUNK_BYTES = 32 * 2**20
-HUGE_PAGE_BYTES = 2 * 2**20
+LARGE_PAGE_BYTES = 2 * 2**20
 CACHE_LINE_BYTES = 64
 
 
@@ -45,10 +45,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 def _map(size: int) -> torch.Tensor:
     """Zeros, int32 [size / 4], from the start of a large page."""
-    mapping = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping = mmap.mmap(-1, size + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         with suppress(OSError):  # a kernel without large pages: the memory serves as well, only slower
             mapping.madvise(mmap.MADV_HUGEPAGE)
     words = torch.frombuffer(mapping, dtype=torch.int32)  # keeps the mapping alive
-    start = -words.data_ptr() % HUGE_PAGE_BYTES // 4
+    start = -words.data_ptr() % LARGE_PAGE_BYTES // 4
     return words[start : start + size // 4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.backend import choose_backend
-from kernels.native.memory import CACHE_LINE_BYTES, CHUNK_BYTES, HUGE_PAGE_BYTES, PackedMemory, zeros
+from kernels.native.memory import CACHE_LINE_BYTES, CHUNK_BYTES, LARGE_PAGE_BYTES, PackedMemory, zeros
 from kernels.packed_linear.native import NativeLinear
 from tests.process_memory import kib, mapping_of
 
@@ -17,7 +17,7 @@ from tests.process_memory import kib, mapping_of
 def test_tensors_follow_each_other_on_cache_lines() -> None:
     memory = PackedMemory()
     first, second, third = memory.take(5), memory.take(16), memory.take(1)
-    assert first.data_ptr() % HUGE_PAGE_BYTES == 0
+    assert first.data_ptr() % LARGE_PAGE_BYTES == 0
     assert second.data_ptr() == first.data_ptr() + CACHE_LINE_BYTES
     assert third.data_ptr() == second.data_ptr() + CACHE_LINE_BYTES
     assert [len(taken) for taken in (first, second, third)] == [5, 16, 1]
@@ -41,7 +41,7 @@ def test_a_tensor_outlives_its_memory() -> None:
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no large pages")
 def test_large_pages_are_asked_for() -> None:
-    taken = PackedMemory().take(HUGE_PAGE_BYTES // 4)
+    taken = PackedMemory().take(LARGE_PAGE_BYTES // 4)
     assert "hg" in mapping_of(taken.data_ptr())["VmFlags"].split(), "the mapping is not advised to use large pages"
 
 
@@ -61,10 +61,10 @@ def test_zeros_start_with_a_large_page_and_take_memory_only_where_they_are_writt
     cache = zeros((2, 3, 2**22), torch.bfloat16)
     assert cache.shape == (2, 3, 2**22)
     assert cache.dtype == torch.bfloat16
-    assert cache.data_ptr() % HUGE_PAGE_BYTES == 0
+    assert cache.data_ptr() % LARGE_PAGE_BYTES == 0
     before = kib(cache.data_ptr(), "Rss")
     cache[1, 2] = 1
     written = 2 * 2**22 // 1024
-    assert written <= kib(cache.data_ptr(), "Rss") - before <= written + 2 * HUGE_PAGE_BYTES // 1024
+    assert written <= kib(cache.data_ptr(), "Rss") - before <= written + 2 * LARGE_PAGE_BYTES // 1024
     assert cache[0].count_nonzero() == 0
     assert cache[1].count_nonzero() == 2**22
