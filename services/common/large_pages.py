@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from array import array
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ def use_large_pages() -> int:
     In each step all weights of a model pass through the caches. What runs next finds its memory anew, and with pages of
     4 KiB that of the page tables too. Returns 0 where the system has no such pages or no way to ask for them.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or os.sysconf("SC_PAGE_SIZE") != _PAGE_BYTES:  # others have other large pages
         return 0
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
