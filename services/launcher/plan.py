@@ -114,7 +114,7 @@ class Planner:
         } | self._common
         url = f"http://{_reachable(settings.host)}:{port}"
         command = self._module("gateway") + self._flags("gateway", decided, SHARED)
-        return Service("gateway", command, http_probe(f"{url}/ready"), http_probe(f"{url}/health"))
+        return Service("gateway", command, http_probe(f"{url}/ready"), http_probe(f"{url}/health"), yields=True)
 
     def _module(self, name: str) -> tuple[str, ...]:
         return (sys.executable, "-m", f"services.{name}")

@@ -25,6 +25,7 @@ class Service:
     alive: tells whether it still answers, also while it drains or another service is away; without, only its death
         is noticed.
     silent: what it writes is shown only when it fails.
+    yields: a message that reaches it interrupts nobody who computes (SCHED_BATCH; on Linux).
     expendable: the others work without it, so it is restarted for ever; any other service may die
         Limits.restarts times within Limits.restart_window_s before everything is stopped.
     """
@@ -35,6 +36,7 @@ class Service:
     alive: Probe | None = None
     expendable: bool = False
     silent: bool = False
+    yields: bool = False
 
 
 class ServiceFailed(Exception):
@@ -138,7 +140,7 @@ class Supervisor:
     async def _spawn(self, service: Service) -> Child:
         show = _ignore if service.silent else self._progress.line
         spawning = asyncio.ensure_future(
-            Child.start(service.name, service.command, self._environment, self._keeper, show)
+            Child.start(service.name, service.command, self._environment, self._keeper, show, service.yields)
         )
         try:
             child = await asyncio.shield(spawning)

@@ -36,6 +36,7 @@ def main() -> int:
                 http_probe(f"http://127.0.0.1:{port}/ready"),
                 http_probe(f"http://127.0.0.1:{port}/alive"),
                 expendable=name == "drafter",
+                yields=name == "front",
             )
         )
     configure_logs("launcher", "info", "console")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+
+import pytest
 
 from tests.services.launcher.conftest import Launch, alive, wait_until
 from tests.services.launcher.example_up import CHILDREN
@@ -19,6 +22,14 @@ def test_all_start_and_ctrl_c_drains_the_last_first(launch: Launch) -> None:
     assert code == 0
     assert run.events("stopped") == list(reversed(CHILDREN))
     assert not any(alive(pid) for pid in run.all_pids())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the policy")
+def test_one_that_yields_takes_no_core_from_a_running_thread(launch: Launch) -> None:
+    run = launch()
+    run.wait_ready()
+    policies = {name: os.sched_getscheduler(run.pids(name)[0]) for name in CHILDREN}
+    assert policies == dict.fromkeys(CHILDREN, os.SCHED_OTHER) | {"front": os.SCHED_BATCH}
 
 
 def test_a_child_that_fails_at_its_start_stops_all_with_its_last_words(launch: Launch) -> None:
