@@ -88,15 +88,16 @@ class DraftChooser:
 
         begins: whether the step before had no drafts that pay.
         """
-        guards = self._guards.at(reckoned.price.tokens)
-        hopes = [guard.hope if guard.ready else 0.0 for guard in guards]
-        if not any(hopes):
-            return None
         ids = tuple([wish.id for wish in wishes])
-        if reckoned.choice is None or not reckoned.fits(ids):
-            sharing = self._sharing.at(reckoned.price.tokens).value
-            reckoned.choice, reckoned.ids = self._best(reckoned.price, wishes, hopes, sharing), ids
         choice = reckoned.choice
+        if choice is None or not reckoned.fits(ids):
+            guards = self._guards.at(reckoned.price.tokens)
+            hopes = [guard.hope if guard.ready else 0.0 for guard in guards]
+            if not any(hopes):
+                return None
+            sharing = self._sharing.at(reckoned.price.tokens).value
+            choice = reckoned.choice = self._best(reckoned.price, wishes, hopes, sharing)
+            reckoned.ids = ids
         return choice if choice.chosen and self._allows(reckoned, choice, begins=begins) else None
 
     def _allows(self, reckoned: Reckoned, choice: Choice, *, begins: bool) -> bool:
