@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from kernels.native import native_available
 from kernels.tree_merging.native import Merged, merge_drafts
@@ -72,18 +73,19 @@ class Candidate:
 def make_candidates(
     found: Mapping[int, Sequence[TokenTree]], most_nodes: Mapping[int, int], reliability: Reliability
 ) -> dict[int, Candidate]:
-    """A candidate of the trees of each sequence, by its id; natively, in one call, where that is possible.
+    """A candidate of the trees of each sequence, by its id; several trees are merged in one native call if possible.
 
     Raises:
         InvalidTree: trees of a sequence have different roots, or more nodes together than a tree may have.
     """
-    if not native_available() or not all(tree.confidences for trees in found.values() for tree in trees):
+    drafted = list(chain.from_iterable(found.values()))
+    if len(drafted) == 1 or not native_available() or not all(tree.confidences for tree in drafted):
         return {key: Candidate.of(trees, most_nodes[key], reliability) for key, trees in found.items()}
     for trees in found.values():
         check_mergeable(trees)
     unions = [merged_source(trees) for trees in found.values()]
     numbers: dict[str, int] = {}
-    tree_scales = [numbers.setdefault(tree.source, len(numbers)) for trees in found.values() for tree in trees]
+    tree_scales = [numbers.setdefault(tree.source, len(numbers)) for tree in drafted]
     union_scales = [numbers.setdefault(union, len(numbers)) for union in unions]
     scales = [reliability.scales(source) for source in numbers]
     bounds = [most_nodes[key] for key in found]
