@@ -7,9 +7,9 @@ import os
 import random
 import socket
 
-# Below the range that outgoing connections take theirs from, so that none of them takes a port between the choice and
-# the start of its server.
-_CHOICES = range(20_000, 30_000)
+# Below the range that outgoing connections take theirs from, and below the launcher's choices: nobody takes a port
+# between the choice and the start of its server.
+_CHOICES = range(10_000, 20_000)
 
 
 def _own_choices() -> range:
