@@ -24,7 +24,7 @@ _order = itertools.cycle(random.sample(_own_choices(), len(_own_choices())))
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, and that was not given out before."""
+    """A loopback port that nobody listens on, and that this process has not given out before."""
     for port in itertools.islice(_order, 100):
         with socket.socket() as probe:
             try:

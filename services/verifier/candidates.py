@@ -79,6 +79,7 @@ def make_candidates(
         InvalidTree: trees of a sequence have different roots, or more nodes together than a tree may have.
     """
     drafted = list(chain.from_iterable(found.values()))
+    # A single tree is corrected sooner here than behind a native call.
     if len(drafted) == 1 or not native_available() or not all(tree.confidences for tree in drafted):
         return {key: Candidate.of(trees, most_nodes[key], reliability) for key, trees in found.items()}
     for trees in found.values():
